@@ -1,0 +1,1 @@
+"""Tests of wheel, sdist and editable install."""

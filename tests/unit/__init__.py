@@ -1,0 +1,1 @@
+"""Tests without kernel, network or clock; they mirror the package."""

@@ -1,0 +1,335 @@
+"""Tests of twisted_kproxy.cluster."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from twisted.trial.unittest import SynchronousTestCase
+from zope.interface.verify import verifyObject
+
+from tests.builders import member, node, portName, service, slice_
+from twisted_kproxy.cluster import Cluster
+from twisted_kproxy.core import wire
+from twisted_kproxy.core.values import Change, Kind, Rejected, Replaced, ServiceMap, Word
+from twisted_kproxy.interfaces import IChannel
+
+KINDS = ("Service", "EndpointSlice", "Endpoints", "Node")
+
+
+class ClusterTestCase(SynchronousTestCase):
+    """A cluster with one synced source, ``s``."""
+
+    def setUp(self) -> None:
+        self.changes = 0
+        self.cluster = self.make("s")
+
+    def make(self, *sources: str, synced: bool = True) -> Cluster:
+        cluster = Cluster(dict.fromkeys(sources, KINDS), "n0", changed=self.count)
+        if synced:
+            for name in sources:
+                for kind in KINDS:
+                    cluster.say(Replaced(name, kind, {}))  # type: ignore[arg-type]
+        return cluster
+
+    def count(self) -> None:
+        self.changes += 1
+
+    def put(self, it: Any, source: str = "s", cluster: Cluster | None = None) -> None:
+        kind: Kind = type(it).__name__  # type: ignore[assignment]
+        (cluster or self.cluster).say(Change(source, kind, wire.keyOf(it.metadata), it))
+
+    def drop(self, kind: Kind, key: str, source: str = "s") -> None:
+        self.cluster.say(Change(source, kind, key, None))
+
+    def ends(self, name: Any = None) -> list[str] | None:
+        port = self.cluster.current().get(name or portName())
+        return None if port is None else [str(it) for it in port.cluster]
+
+
+class SyncTests(ClusterTestCase):
+    """Nothing counts before everything was listed once."""
+
+    def test_interface(self) -> None:
+        """It is a channel."""
+        verifyObject(IChannel, self.cluster)
+
+    def test_everyKindOfEverySource(self) -> None:
+        """Only when each source has said each kind is the cluster synced, and the last one tells."""
+        cluster = self.make("a", "b", synced=False)
+        self.assertEqual(len(cluster.missing), 8)
+        for name in ("a", "b"):
+            for kind in KINDS:
+                self.assertFalse(cluster.synced)
+                self.changes = 0
+                cluster.say(Replaced(name, kind, {}))  # type: ignore[arg-type]
+                self.assertEqual(self.changes, 1)
+        self.assertTrue(cluster.synced)
+        self.assertEqual(cluster.missing, [])
+
+
+class MergeTests(ClusterTestCase):
+    """From words to a map."""
+
+    def test_eitherOrder(self) -> None:
+        """Service before slice, slice before Service: the same map."""
+        self.put(service())
+        self.assertEqual(self.ends(), [])
+        self.put(slice_(member("10.1.0.1")))
+        self.assertEqual(self.ends(), ["10.1.0.1:8080"])
+        self.drop("Service", "shop/web")
+        self.assertIsNone(self.ends())
+        self.put(service())
+        self.assertEqual(self.ends(), ["10.1.0.1:8080"])
+
+    def test_sameObjectWhenUnchanged(self) -> None:
+        """Fields that mean nothing here change neither the map nor the service port objects."""
+        self.put(service())
+        before = self.cluster.current()
+        self.put(service(labels={"unrelated": "x"}))
+        self.assertIs(self.cluster.current(), before)
+        self.put(service("other", clusterIP="10.96.0.11"))
+        after = self.cluster.current()
+        self.assertIs(after[portName()], before[portName()])
+        self.assertGreater(after.generation, before.generation)
+
+    def test_equalWordIsSilent(self) -> None:
+        """The same object said again causes no work."""
+        self.put(service())
+        self.changes = 0
+        self.put(service())
+        self.assertEqual(self.changes, 0)
+
+    def test_replaceIsADiff(self) -> None:
+        """A relist removes what is missing, adds what is new and leaves the rest alone."""
+        self.put(service("a", clusterIP="10.96.0.1"))
+        self.put(service("b", clusterIP="10.96.0.2"))
+        before = self.cluster.current()
+        kept, fresh = service("b", clusterIP="10.96.0.2"), service("c", clusterIP="10.96.0.3")
+        self.cluster.say(Replaced("s", "Service", {"shop/b": kept, "shop/c": fresh}))
+        after = self.cluster.current()
+        self.assertEqual({name.service for name in after}, {"b", "c"})
+        self.assertIs(after[portName("b")], before[portName("b")])
+
+    def test_sliceMovesToAnotherService(self) -> None:
+        """A slice whose label changes leaves one Service and joins the other."""
+        self.put(service())
+        self.put(service("other", clusterIP="10.96.0.11"))
+        self.put(slice_(member("10.1.0.1")))
+        self.put(slice_(member("10.1.0.1"), of="other"))
+        self.assertEqual((self.ends(), self.ends(portName("other"))), ([], ["10.1.0.1:8080"]))
+
+    def test_sliceLosesLabel(self) -> None:
+        """A slice that loses its Service label (or becomes headless) is no longer used."""
+        self.put(service())
+        for it in (slice_(member("10.1.0.1"), of=None), slice_(member("10.1.0.1"), labels={wire.HEADLESS_LABEL: ""})):
+            self.put(slice_(member("10.1.0.1")))
+            self.assertEqual(self.ends(), ["10.1.0.1:8080"])
+            self.put(it)
+            self.assertEqual(self.ends(), [])
+
+    def test_sliceOfAnotherNamespace(self) -> None:
+        """A slice feeds only a Service of its own namespace."""
+        self.put(service())
+        self.put(slice_(member("10.1.0.1"), namespace="evil"))
+        self.assertEqual(self.ends(), [])
+
+    def test_endpointMovesBetweenSlices(self) -> None:
+        """An endpoint that is in two slices for a moment is used once, and never missing."""
+        self.put(service())
+        self.put(slice_(member("10.1.0.1"), name="a"))
+        self.put(slice_(member("10.1.0.1"), name="b"))
+        self.assertEqual(self.ends(), ["10.1.0.1:8080"])
+        self.put(slice_(name="a"))
+        self.assertEqual(self.ends(), ["10.1.0.1:8080"])
+
+    def test_legacyEndpoints(self) -> None:
+        """An Endpoints object feeds the Service of its name, and can be changed and removed."""
+        def endpoints(*ips: str) -> Any:
+            subset = {"addresses": [{"ip": ip} for ip in ips], "ports": [{"name": "http", "port": 8080}]}
+            return wire.convert("Endpoints", {"metadata": {"name": "web", "namespace": "shop"}, "subsets": [subset]})
+
+        self.put(service())
+        self.put(endpoints("10.1.0.1", "10.1.0.2"))
+        self.assertEqual(self.ends(), ["10.1.0.1:8080", "10.1.0.2:8080"])
+        self.put(endpoints("10.1.0.2"))
+        self.assertEqual(self.ends(), ["10.1.0.2:8080"])
+        self.drop("Endpoints", "shop/web")
+        self.assertEqual(self.ends(), [])
+
+    def test_zone(self) -> None:
+        """When this node's zone changes, hints are looked at again; other nodes do not matter."""
+        hinted = [member(f"10.1.0.{n}", hints={"forZones": [{"name": zone}]}) for n, zone in ((1, "a"), (2, "b"))]
+        self.put(service())
+        self.put(slice_(*hinted))
+        self.assertEqual(len(self.ends() or ()), 2)
+        self.put(node("n0", "b"))
+        self.assertEqual(self.ends(), ["10.1.0.2:8080"])
+        self.put(node("n1", "a"))
+        self.assertEqual(self.ends(), ["10.1.0.2:8080"])
+        self.drop("Node", "n0")
+        self.assertEqual(len(self.ends() or ()), 2)
+
+    def test_recreated(self) -> None:
+        """Another uid under the same name is another service port."""
+        self.put(service())
+        before = self.cluster.current()[portName()]
+        self.put(service(uid="u2"))
+        self.assertNotEqual(self.cluster.current()[portName()], before)
+
+    def test_catchUp(self) -> None:
+        """Work is done in bounded pieces, none of it lost."""
+        many = {f"shop/s{n}": service(f"s{n}", clusterIP=f"10.96.1.{n}") for n in range(25)}
+        self.cluster.say(Replaced("s", "Service", many))
+        self.assertEqual([self.cluster.catchUp(10) for _ in range(3)], [True, True, False])
+        self.assertEqual(len(self.cluster.current()), 25)
+
+
+class SourcesTests(ClusterTestCase):
+    """Several sources form a union."""
+
+    def test_firstWins(self) -> None:
+        """For one key the first source in order wins; the other takes over when it lets go."""
+        self.cluster = self.make("a", "b")
+        self.put(service(clusterIP="10.96.0.1"), "b")
+        self.put(service(clusterIP="10.96.0.2"), "a")
+
+        def ip() -> str | None:
+            return self.cluster.current()[portName()].frontends[0].address
+
+        self.assertEqual(ip(), "10.96.0.2")
+        self.drop("Service", "shop/web", "a")
+        self.assertEqual(ip(), "10.96.0.1")
+
+    def test_serviceHereSlicesThere(self) -> None:
+        """A Service of one source is joined with slices of another."""
+        self.cluster = self.make("a", "b")
+        self.put(service(), "a")
+        self.put(slice_(member("10.1.0.1")), "b")
+        self.assertEqual(self.ends(), ["10.1.0.1:8080"])
+
+
+class OwnershipTests(ClusterTestCase):
+    """Frontends that several Services claim."""
+
+    def test_loserWaitsAndIsPromoted(self) -> None:
+        """The older Service serves the external IP; the other is shown as pending and takes over later."""
+        old = service("old", clusterIP="10.96.0.1", externalIPs=["198.51.100.7"], created="2026-01-01T00:00:00Z")
+        young = service("young", clusterIP="10.96.0.2", externalIPs=["198.51.100.7"], created="2026-02-01T00:00:00Z")
+        self.put(young)
+        self.put(old)
+
+        def kinds(name: str) -> list[str]:
+            return [f.kind for f in self.cluster.current()[portName(name)].frontends]
+
+        self.assertEqual((kinds("old"), kinds("young")), (["ClusterIP", "ExternalIP"], ["ClusterIP"]))
+        self.assertEqual(
+            self.cluster.pending(),
+            {"shop/young:http/TCP/IPv4": {"198.51.100.7:80/TCP": "shop/old:http/TCP/IPv4"}},
+        )
+        self.drop("Service", "shop/old")
+        self.assertEqual(kinds("young"), ["ClusterIP", "ExternalIP"])
+        self.assertEqual(self.cluster.pending(), {})
+
+    def test_swap(self) -> None:
+        """Two Services swap their node ports in one go."""
+        def it(name: str, ip: str, number: int) -> Any:
+            return service(name, clusterIP=ip, ports=[{"name": "http", "port": 80, "nodePort": number}])
+
+        self.put(it("a", "10.96.0.1", 30001))
+        self.put(it("b", "10.96.0.2", 30002))
+        self.cluster.current()
+        self.put(it("a", "10.96.0.1", 30002))
+        self.put(it("b", "10.96.0.2", 30001))
+        now = self.cluster.current()
+        self.assertEqual([now[portName(n)].frontends[-1].port for n in "ab"], [30002, 30001])
+
+
+class QuarantineTests(ClusterTestCase):
+    """Objects that cannot be read."""
+
+    def test_lastGoodStays(self) -> None:
+        """A bad version keeps the last good one in force, is shown, and goes when it is mended."""
+        self.put(service())
+        self.cluster.say(Rejected("s", "Service", "shop/web", "spec is a fish"))
+        self.assertEqual(self.ends(), [])
+        self.assertEqual(
+            self.cluster.quarantined(),
+            [{"source": "s", "kind": "Service", "key": "shop/web", "reason": "spec is a fish", "lastGood": "serving"}],
+        )
+        self.put(service(clusterIP="10.96.0.99"))
+        self.assertEqual(self.cluster.quarantined(), [])
+
+    def test_inAList(self) -> None:
+        """A bad object in a list costs only itself: neighbours are served and its last good version stays."""
+        self.put(service())
+        other = service("other", clusterIP="10.96.0.11")
+        self.cluster.say(Replaced("s", "Service", {"shop/other": other}, {"shop/web": "bad", "shop/new": "worse"}))
+        self.assertEqual({name.service for name in self.cluster.current()}, {"web", "other"})
+        self.assertEqual([it["lastGood"] for it in self.cluster.quarantined()], ["none", "serving"])
+
+    def test_deleted(self) -> None:
+        """Removal is honoured also for an object in quarantine."""
+        self.put(service())
+        self.cluster.say(Rejected("s", "Service", "shop/web", "bad"))
+        self.drop("Service", "shop/web")
+        self.assertEqual((self.ends(), self.cluster.quarantined()), (None, []))
+
+    def test_problems(self) -> None:
+        """Parts that are not served are listed with their object."""
+        self.put(service(externalIPs=["x"]))
+        self.cluster.current()
+        self.assertEqual([(p.kind, p.key) for p in self.cluster.problems()], [("Service", "shop/web")])
+
+
+_services = st.builds(
+    lambda name, ip, number, uid, made: service(
+        name, clusterIP=f"10.96.0.{ip}", uid=uid, created=made, ports=[{"name": "http", "port": 80, "nodePort": number}]
+    ),
+    st.sampled_from("abc"), st.integers(1, 3), st.sampled_from([0, 30001, 30002]), st.sampled_from(["u1", "u2"]),
+    st.sampled_from(["2026-01", "2026-02"]),
+)
+_slices = st.builds(
+    lambda name, of, ip, ready: slice_(member(f"10.1.0.{ip}", ready=ready), name=name, of=of),
+    st.sampled_from(["s1", "s2"]), st.sampled_from("abc"), st.integers(1, 3), st.booleans(),
+)
+
+
+@st.composite
+def _words(draw: Any) -> Word:
+    source = draw(st.sampled_from(["a", "b"]))
+    it = draw(st.one_of(_services, _slices))
+    kind: Kind = type(it).__name__
+    key = wire.keyOf(it.metadata)
+    what = draw(st.sampled_from(["set", "set", "set", "drop", "list", "bad"]))
+    if what == "set":
+        return Change(source, kind, key, it)
+    if what == "drop":
+        return Change(source, kind, key, None)
+    if what == "bad":
+        return Rejected(source, kind, key, "bad")
+    return Replaced(source, kind, {key: it})
+
+
+class HistoryTests(ClusterTestCase):
+    """How one came here does not matter."""
+
+    @given(st.lists(_words(), max_size=30), st.data())
+    @settings(max_examples=150, deadline=None, derandomize=True, database=None)
+    def test_replayEqualsFresh(self, words: list[Word], data: st.DataObject) -> None:
+        """After any history, with any pauses in between, the map equals that of a fresh start on the same objects."""
+        lived = self.make("a", "b")
+        for word in words:
+            lived.say(word)
+            if data.draw(st.booleans()):
+                lived.current()
+        fresh = self.make("a", "b")
+        for name, kinds in lived._said.items():
+            for kind, said in kinds.items():
+                fresh.say(Replaced(name, kind, dict(said.objects)))  # type: ignore[arg-type]
+        self.assertEqual(dict(lived.current()), dict(fresh.current()))
+        self.assertEqual(lived.pending(), fresh.pending())
+        keys = [port.key(f) for port in lived.current().values() for f in port.frontends]
+        self.assertEqual(len(keys), len(set(keys)), "a frontend has two owners")
+        self.assertIsInstance(lived.current(), ServiceMap)

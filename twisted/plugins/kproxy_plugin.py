@@ -1,0 +1,19 @@
+"""What this distribution offers to twistd, and by name to its own configuration."""
+
+from twisted.application.service import ServiceMaker
+
+from twisted_kproxy.plugin import PolicyMaker, SourceMaker, WriterMaker
+
+kproxy = ServiceMaker("kproxy", "twisted_kproxy.tap", "The node service proxy of Kubernetes", "kproxy")
+
+apiSource = SourceMaker("api", "twisted_kproxy.sources.api.ApiSource")
+filesSource = SourceMaker("files", "twisted_kproxy.sources.files.FilesSource")
+
+roundRobin = PolicyMaker("round-robin", "twisted_kproxy.balance.policies.RoundRobin")
+randomly = PolicyMaker("random", "twisted_kproxy.balance.policies.Random")
+leastConnections = PolicyMaker("least-connections", "twisted_kproxy.balance.policies.LeastConnections")
+
+nftables = WriterMaker("nftables", "twisted_kproxy.netfilter.nftables.NftablesWriter")
+pythonIptables = WriterMaker("python-iptables", "twisted_kproxy.netfilter.iptables.IptablesWriter")
+noRules = WriterMaker("none", "twisted_kproxy.netfilter.memory.NoWriter")
+inMemory = WriterMaker("memory", "twisted_kproxy.netfilter.memory.MemoryWriter")

@@ -1,0 +1,1 @@
+"""Which endpoint the next connection goes to."""

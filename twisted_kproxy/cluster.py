@@ -1,0 +1,299 @@
+"""
+The merge: what each source last said, and the service map that follows from it for this node.
+
+In come :class:`~twisted_kproxy.core.values.Change`, ``Replaced`` and ``Rejected``; out goes, when asked, one
+:class:`~twisted_kproxy.core.values.ServiceMap`. No I/O and no clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+from twisted.logger import Logger
+from zope.interface import implementer
+
+from .core import wire
+from .core.ownership import Claims
+from .core.resolve import NOTHING, Resolved, concerns, resolve, serviceOf, slicesOf
+from .core.topology import NodeFacts
+from .core.values import (
+    Change,
+    Kind,
+    Problem,
+    Rejected,
+    Replaced,
+    ServiceMap,
+    ServicePort,
+    ServicePortName,
+    Word,
+)
+from .interfaces import IChannel
+
+ZONE_LABEL = "topology.kubernetes.io/zone"
+_ServiceKey = tuple[str, str]
+
+
+class _Said:
+    """The last word of one source about one kind."""
+
+    __slots__ = ("objects", "rejected")
+
+    def __init__(self) -> None:
+        self.objects: dict[str, Any] = {}
+        self.rejected: dict[str, str] = {}
+
+
+@implementer(IChannel)
+class Cluster:
+    """
+    Merges sources: for one key the first source in configuration order wins.
+
+    :ivar node: this node's object, where a source has it.
+    """
+
+    log = Logger()
+
+    def __init__(
+        self,
+        kindsOf: Mapping[str, Sequence[str]],
+        nodeName: str,
+        proxyName: str = "",
+        changed: Callable[[], None] = lambda: None,
+    ) -> None:
+        """
+        :param kindsOf: source name → kinds that it will report, in configuration order.
+        :param changed: called after each word that may alter the map, and when the last list has come.
+        """
+        self._said: dict[str, dict[str, _Said]] = {
+            name: {kind: _Said() for kind in kinds} for name, kinds in kindsOf.items()
+        }
+        self._unsynced = {(name, kind) for name, kinds in kindsOf.items() for kind in kinds}
+        self._nodeName = nodeName
+        self._proxyName = proxyName
+        self.changed = changed
+        self._merged: dict[str, dict[str, Any]] = {}
+        self._slices: dict[_ServiceKey, dict[tuple[str, str], list[wire.EndpointSlice]]] = {}
+        self._sliceHome: dict[tuple[str, str], _ServiceKey] = {}
+        self._dirty: dict[_ServiceKey, None] = {}
+        self._resolved: dict[_ServiceKey, Resolved] = {}
+        self._claimed: dict[ServicePortName, ServicePort] = {}
+        self._claims = Claims()
+        self._facts = NodeFacts(name=nodeName)
+        self._ports: dict[ServicePortName, ServicePort] = {}
+        self._map = ServiceMap()
+        self._stale = False
+        self.node: wire.Node | None = None
+
+    # --- the channel
+
+    def say(self, word: Word) -> None:
+        """Take over one word of a source. See :class:`~twisted_kproxy.interfaces.IChannel`."""
+        said = self._said[word.source].setdefault(word.kind, _Said())
+        if isinstance(word, Replaced):
+            self._replaced(word, said)
+        elif isinstance(word, Rejected):
+            self._reject(word.source, word.kind, word.key, word.reason, said)
+        else:
+            self._change(word, said)
+
+    def _replaced(self, word: Replaced, said: _Said) -> None:
+        objects = dict(word.objects)
+        for key in word.rejected:
+            if key in said.objects:  # the last good version stays
+                objects[key] = said.objects[key]
+        gone = [key for key in said.objects if key not in objects]
+        fresh = [key for key, it in objects.items() if said.objects.get(key) != it]
+        said.objects = objects
+        said.rejected = {}
+        for key, reason in word.rejected.items():
+            self._reject(word.source, word.kind, key, reason, said)
+        for key in (*gone, *fresh):
+            self._merge(word.kind, key)
+        first = (word.source, word.kind) in self._unsynced
+        self._unsynced.discard((word.source, word.kind))
+        if first or gone or fresh:
+            self.changed()
+
+    def _change(self, word: Change, said: _Said) -> None:
+        said.rejected.pop(word.key, None)
+        before = said.objects.get(word.key)
+        if word.object is None:
+            said.objects.pop(word.key, None)
+        else:
+            said.objects[word.key] = word.object
+        if before != word.object:
+            self._merge(word.kind, word.key)
+            self.changed()
+
+    def _reject(self, source: str, kind: Kind, key: str, reason: str, said: _Said) -> None:
+        if said.rejected.get(key) != reason:
+            kept = "its last good version stays in force" if key in said.objects else "it is not served"
+            self.log.warn(
+                "{kind} {key} of source {source} cannot be read, {kept}: {reason}",
+                kind=kind, key=key or "(without name)", source=source, kept=kept, reason=reason,
+            )
+        said.rejected[key] = reason
+
+    # --- merging
+
+    @property
+    def synced(self) -> bool:
+        """Whether every source has said everything once. Before that, nothing may be written."""
+        return not self._unsynced
+
+    @property
+    def missing(self) -> list[str]:
+        """What is still waited for, as ``source/kind``."""
+        return sorted(f"{source}/{kind}" for source, kind in self._unsynced)
+
+    def _first(self, kind: str, key: str) -> Any | None:
+        for kinds in self._said.values():
+            said = kinds.get(kind)
+            if said is not None and key in said.objects:
+                return said.objects[key]
+        return None
+
+    def _merge(self, kind: Kind, key: str) -> None:
+        it = self._first(kind, key)
+        merged = self._merged.setdefault(kind, {})
+        before = merged.get(key)
+        if before is it:
+            return
+        if it is None:
+            del merged[key]
+        else:
+            merged[key] = it
+        if kind == "Service":
+            namespace, _, name = key.partition("/")
+            self._dirty[namespace, name] = None
+        elif kind == "EndpointSlice":
+            self._placeSlices(kind, key, [it] if it is not None else [])
+        elif kind == "Endpoints":
+            self._placeSlices(kind, key, slicesOf(it) if it is not None else [])
+        elif key == self._nodeName:
+            self._setNode(it)
+
+    def _placeSlices(self, kind: str, key: str, slices: Iterable[wire.EndpointSlice]) -> None:
+        """Move what this object said to the Service that it belongs to now: its label may be another than before."""
+        home = self._sliceHome.pop((kind, key), None)
+        if home is not None:
+            mine = self._slices[home]
+            del mine[kind, key]
+            if not mine:
+                del self._slices[home]
+            self._dirty[home] = None
+        placed = [it for it in slices if serviceOf(it) is not None]
+        if placed:
+            home = serviceOf(placed[0])  # all that comes from one object belongs to one Service
+            assert home is not None
+            self._sliceHome[kind, key] = home
+            self._slices.setdefault(home, {})[kind, key] = placed
+            self._dirty[home] = None
+
+    def _setNode(self, node: wire.Node | None) -> None:
+        self.node = node
+        zone = (node.metadata.label(ZONE_LABEL) or "") if node is not None else ""
+        facts = NodeFacts(name=self._nodeName, zone=zone)
+        if facts != self._facts:
+            self._facts = facts
+            self._dirty.update(dict.fromkeys(self._keys()))
+
+    def _keys(self) -> Iterable[_ServiceKey]:
+        for key in self._merged.get("Service", {}):
+            namespace, _, name = key.partition("/")
+            yield namespace, name
+
+    # --- resolving
+
+    def catchUp(self, limit: int = 100) -> bool:
+        """
+        Resolve up to so many Services that have changed.
+
+        :return: whether there is more to do; the caller gives the reactor a turn in between.
+        """
+        for key in list(islice(self._dirty, limit)):
+            del self._dirty[key]
+            self._resolve(key)
+        return bool(self._dirty)
+
+    def current(self) -> ServiceMap:
+        """The map that follows from everything said so far; the same object as long as nothing differs."""
+        while self.catchUp():
+            pass
+        if self._stale:
+            self._stale = False
+            self._map = ServiceMap(self._ports, self._map.generation + 1)
+        return self._map
+
+    def _resolve(self, key: _ServiceKey) -> None:
+        service: wire.Service | None = self._merged.get("Service", {}).get("/".join(key))
+        before = self._resolved.pop(key, NOTHING)
+        after, created = NOTHING, ""
+        if service is not None and concerns(service, self._proxyName):
+            slices = (it for placed in self._slices.get(key, {}).values() for it in placed)
+            after = resolve(service, slices, self._facts)
+            created = service.metadata.creationTimestamp or ""
+            self._resolved[key] = after
+        self._report(before.problems, after.problems)
+        touched = self._claims.change(before.ports, after.ports, created)
+        for port in before.ports:
+            self._claimed.pop(port.name, None)
+        for port in after.ports:
+            self._claimed[port.name] = port
+        for name in {*touched, *(port.name for port in (*before.ports, *after.ports))}:
+            self._publish(name)
+
+    def _publish(self, name: ServicePortName) -> None:
+        """Put what is claimed under a name into the map, less what others own. What is equal stays the same object."""
+        claimed = self._claimed.get(name)
+        if claimed is None:
+            self._stale |= self._ports.pop(name, None) is not None
+            return
+        owned = self._claims.owned(claimed)
+        if self._ports.get(name) != owned:
+            self._ports[name] = owned
+            self._stale = True
+
+    def _report(self, before: tuple[Problem, ...], after: tuple[Problem, ...]) -> None:
+        for problem in after:
+            if problem not in before:
+                self.log.warn(
+                    "{kind} {key}: {reason}", kind=problem.kind, key=problem.key, reason=problem.reason
+                )
+
+    # --- what operators see
+
+    def quarantined(self) -> list[dict[str, str]]:
+        """Objects that cannot be read, and whether an earlier version of them serves on."""
+        return [
+            {
+                "source": source,
+                "kind": kind,
+                "key": key,
+                "reason": reason,
+                "lastGood": "serving" if key in said.objects else "none",
+            }
+            for source, kinds in self._said.items()
+            for kind, said in kinds.items()
+            for key, reason in sorted(said.rejected.items())
+        ]
+
+    def problems(self) -> list[Problem]:
+        """Parts of objects that are not served, and why."""
+        return sorted({problem for resolved in self._resolved.values() for problem in resolved.problems})
+
+    def pending(self) -> dict[str, dict[str, str]]:
+        """Service ports that claim what another one owns: name → {frontend: owner}."""
+        found = {}
+        for name, port in self._claimed.items():
+            if self._ports.get(name) is not port:
+                waiting = {str(key): str(owner) for key, owner in self._claims.pending(port).items()}
+                if waiting:
+                    found[str(name)] = waiting
+        return found
+
+    def counts(self) -> dict[str, int]:
+        """How many objects of each kind are known."""
+        return {kind: len(objects) for kind, objects in sorted(self._merged.items())}

@@ -1,0 +1,92 @@
+"""
+Addresses as the API holds them: sloppy on the way in, canonical afterwards.
+
+Kubernetes has always accepted leading zeros (``172.30.0.041`` is 172.30.0.41), and clusters carry such values
+(kubernetes k8s.io/utils/net ``ParseIPSloppy``); :mod:`ipaddress` alone refuses them.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
+
+from .values import Family
+
+_DOTTED = re.compile(r"\A[0-9]{1,9}(?:\.[0-9]{1,9}){3}\Z")
+_ZEROS = re.compile(r"(?<![0-9])0+(?=[0-9])")
+
+
+class BadAddress(ValueError):
+    """Not an address; the text says what was given."""
+
+
+@lru_cache(maxsize=65536)
+def canonical(text: str) -> tuple[str, Family]:
+    """
+    The canonical text of an address, and its family. An IPv4-mapped IPv6 address is IPv4, as Go has it.
+
+    :raise BadAddress: with what was given.
+    """
+    plain = text.strip()
+    if _DOTTED.match(plain):
+        plain = _ZEROS.sub("", plain)
+    try:
+        it = ip_address(plain)
+    except ValueError:
+        raise BadAddress(f"{text!r} is not an IP address") from None
+    if isinstance(it, IPv6Address):
+        if it.scope_id is not None:
+            raise BadAddress(f"{text!r} has a zone, which means nothing on another node")
+        if it.ipv4_mapped is None:
+            return str(it), "IPv6"
+        it = it.ipv4_mapped
+    return str(it), "IPv4"
+
+
+@lru_cache(maxsize=65536)
+def unusable(text: str) -> str | None:
+    """
+    Why a canonical address can be neither endpoint nor frontend, ``None`` where it can. Traffic to these would stay
+    on the node or go to everybody on the link (CVE-2021-25737).
+    """
+    it = ip_address(text)
+    if it.is_unspecified:
+        return "unspecified"
+    if it.is_loopback:
+        return "loopback"
+    if it.is_link_local:
+        return "link-local"
+    if it.is_multicast:
+        return "multicast"
+    if text == "255.255.255.255":
+        return "broadcast"
+    return None
+
+
+def network(text: str) -> tuple[str, Family]:
+    """
+    A CIDR in canonical text with host bits cleared, and its family.
+
+    :raise BadAddress: with what was given.
+    """
+    address, slash, length = text.strip().partition("/")
+    host, family = canonical(address)
+    if not slash or not length.isdecimal():
+        raise BadAddress(f"{text!r} is not a network such as 10.244.0.0/16 or fd00:10:244::/56")
+    try:
+        it: IPv4Network | IPv6Network = ip_network(f"{host}/{int(length)}", strict=False)
+    except ValueError:
+        raise BadAddress(f"{text!r} is not a network: the prefix is too long") from None
+    return str(it), family
+
+
+def familyOf(address: str) -> Family:
+    """The family of a canonical address."""
+    return "IPv6" if ":" in address else "IPv4"
+
+
+def sortKey(address: str) -> tuple[int, IPv4Address | IPv6Address]:
+    """Sorts canonical addresses by family, then by number."""
+    it = ip_address(address)
+    return it.version, it

@@ -1,0 +1,99 @@
+"""
+Rules as values: what the kernel shall do with packets for service addresses. Made from a service map by the rule
+plane, put into the kernel by an :class:`~twisted_kproxy.interfaces.IRuleWriter`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal, TypeAlias
+
+from msgspec import Struct
+
+from .values import Family, FrontendKey, Protocol
+
+
+class Target(Struct, frozen=True, order=True):
+    """Rewrite the destination to this address and port of the node itself."""
+
+    address: str
+    port: int
+
+
+#: ``reject`` answers at once (ICMP port unreachable); ``drop`` says nothing, so that the client tries again.
+Verdict: TypeAlias = Target | Literal["reject", "drop"]
+
+
+class Rule(Struct, frozen=True):
+    """
+    What happens to new connections to one frontend.
+
+    :ivar outside: those of everybody else.
+    :ivar inside: those of the node itself and of pods (sources in :attr:`Ruleset.insiders`).
+    """
+
+    outside: Verdict
+    inside: Verdict
+
+
+class Guard(Struct, frozen=True, order=True):
+    """A port of the proxy itself: only what was led there by a rule may reach it."""
+
+    family: Family
+    protocol: Protocol
+    port: int
+
+
+class Ruleset(Struct, frozen=True):
+    """
+    The whole desired (or found) state of our part of the kernel's rules.
+
+    :ivar insiders: the pod networks, as canonical CIDRs.
+    """
+
+    rules: Mapping[FrontendKey, Rule] = {}
+    guards: frozenset[Guard] = frozenset()
+    insiders: tuple[str, ...] = ()
+
+
+class Delta(Struct, frozen=True):
+    """
+    The step from one ruleset to the next.
+
+    :ivar rules: key → rule, or ``None`` where the rule goes. A key that changes owner is in here once.
+    """
+
+    rules: Mapping[FrontendKey, Rule | None] = {}
+    guardsAdded: frozenset[Guard] = frozenset()
+    guardsRemoved: frozenset[Guard] = frozenset()
+    insiders: tuple[str, ...] | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self.rules or self.guardsAdded or self.guardsRemoved or self.insiders is not None)
+
+
+def deltaBetween(old: Ruleset, new: Ruleset) -> Delta:
+    """What has to change for ``old`` to become ``new``."""
+    rules: dict[FrontendKey, Rule | None] = {key: rule for key, rule in new.rules.items() if old.rules.get(key) != rule}
+    rules.update((key, None) for key in old.rules if key not in new.rules)
+    return Delta(
+        rules=rules,
+        guardsAdded=new.guards - old.guards,
+        guardsRemoved=old.guards - new.guards,
+        insiders=new.insiders if new.insiders != old.insiders else None,
+    )
+
+
+def applied(old: Ruleset, delta: Delta) -> Ruleset:
+    """``old`` after ``delta``."""
+    rules = dict(old.rules)
+    for key, rule in delta.rules.items():
+        if rule is None:
+            rules.pop(key, None)
+        else:
+            rules[key] = rule
+    return Ruleset(
+        rules=rules,
+        guards=(old.guards - delta.guardsRemoved) | delta.guardsAdded,
+        insiders=old.insiders if delta.insiders is None else delta.insiders,
+    )

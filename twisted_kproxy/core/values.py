@@ -1,0 +1,230 @@
+"""
+The values that flow through the proxy. All are frozen; what has not changed stays the *same object*, so that a
+diff is a comparison with ``is`` and whatever was rendered from a value can be cached beside it.
+
+A service port belongs to one IP family, and the family is part of its name: dual stack is two entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, TypeAlias
+
+from msgspec import Struct
+
+Family: TypeAlias = Literal["IPv4", "IPv6"]
+Protocol: TypeAlias = Literal["TCP", "UDP", "SCTP"]
+PoolKind: TypeAlias = Literal["cluster", "local"]
+Kind: TypeAlias = Literal["Service", "EndpointSlice", "Endpoints", "Node"]
+FrontendKind: TypeAlias = Literal["ClusterIP", "NodePort", "ExternalIP", "LoadBalancer"]
+
+FAMILIES: tuple[Family, ...] = ("IPv4", "IPv6")
+KINDS: tuple[Kind, ...] = ("Service", "EndpointSlice", "Endpoints", "Node")
+
+
+class ServicePortName(Struct, frozen=True, order=True):
+    """The identity of everything downstream of the API objects."""
+
+    namespace: str
+    service: str
+    port: str
+    protocol: Protocol
+    family: Family
+
+    def __str__(self) -> str:
+        """``namespace/service:port/TCP/IPv4``; an unnamed port leaves nothing between colon and slash."""
+        return f"{self.namespace}/{self.service}:{self.port}/{self.protocol}/{self.family}"
+
+
+class PoolName(Struct, frozen=True, order=True):
+    """One of the two sets of endpoints of a service port: all of the cluster's, or this node's own."""
+
+    port: ServicePortName
+    kind: PoolKind
+
+    def __str__(self) -> str:
+        return f"{self.port}/{self.kind}"
+
+
+class Endpoint(Struct, frozen=True, order=True):
+    """
+    Where a connection may go.
+
+    :ivar isLocal: it runs on this node.
+    :ivar isSocket: it is a socket of this very proxy, put in the place of a pool by the userspace dataplane; the
+        rule plane lets nothing reach it that did not come through a frontend.
+    """
+
+    address: str
+    port: int
+    isLocal: bool = False
+    isSocket: bool = False
+
+    def __str__(self) -> str:
+        return f"[{self.address}]:{self.port}" if ":" in self.address else f"{self.address}:{self.port}"
+
+
+class Frontend(Struct, frozen=True, order=True):
+    """
+    One place that a client may dial.
+
+    :ivar address: canonical text; ``None`` for a node port, which is every address of the node.
+    :ivar pool: whom clients from outside reach.
+    :ivar insidePool: whom pods and the node itself reach: external addresses are short-circuited for them.
+    """
+
+    kind: FrontendKind
+    address: str | None
+    port: int
+    pool: PoolKind = "cluster"
+    insidePool: PoolKind = "cluster"
+
+
+class FrontendKey(Struct, frozen=True, order=True):
+    """
+    What a frontend occupies on the wire. At any time one service port owns it.
+
+    :ivar address: canonical text, or ``""`` for a node port.
+    """
+
+    family: Family
+    protocol: Protocol
+    address: str
+    port: int
+
+    def __str__(self) -> str:
+        host = (f"[{self.address}]" if ":" in self.address else self.address) or "node"
+        return f"{host}:{self.port}/{self.protocol}"
+
+
+class ServicePort(Struct, frozen=True):
+    """
+    The meaning of one service port on this node.
+
+    :ivar uid: of the Service; another uid under the same name is another Service.
+    :ivar frontends: in the order ClusterIP, external IPs, load balancer, node port. Only those that it owns.
+    :ivar cluster: usable endpoints wherever they run, sorted, none twice.
+    :ivar local: usable endpoints of this node, sorted, none twice.
+    :ivar reachable: an endpoint exists somewhere. A frontend with an empty pool drops what it gets when it does
+        (the client tries again, and elsewhere), and refuses it when it does not.
+    :ivar affinitySeconds: ClientIP affinity's sliding time; 0 for none.
+    :ivar serving: ``address:port`` of every endpoint that still serves, in a pool or not: established UDP flows to
+        these may live on.
+    """
+
+    name: ServicePortName
+    uid: str
+    frontends: tuple[Frontend, ...]
+    cluster: tuple[Endpoint, ...] = ()
+    local: tuple[Endpoint, ...] = ()
+    reachable: bool = False
+    affinitySeconds: int = 0
+    healthCheckPort: int = 0
+    localReady: int = 0
+    serving: frozenset[str] = frozenset()
+
+    def pool(self, kind: PoolKind) -> tuple[Endpoint, ...]:
+        """The endpoints of a pool."""
+        return self.local if kind == "local" else self.cluster
+
+    def poolKinds(self) -> tuple[PoolKind, ...]:
+        """The pools that some frontend leads to."""
+        used = {f.pool for f in self.frontends} | {f.insidePool for f in self.frontends}
+        kinds: tuple[PoolKind, ...] = ("cluster", "local")
+        return tuple(kind for kind in kinds if kind in used)
+
+    def key(self, frontend: Frontend) -> FrontendKey:
+        """What that frontend of this service port occupies."""
+        return FrontendKey(self.name.family, self.name.protocol, frontend.address or "", frontend.port)
+
+
+class ServiceMap(Mapping[ServicePortName, ServicePort]):
+    """
+    All service ports of this node, immutable.
+
+    :ivar generation: grows with each map that differs from the one before.
+    """
+
+    __slots__ = ("_ports", "generation")
+
+    def __init__(self, ports: Mapping[ServicePortName, ServicePort] | None = None, generation: int = 0) -> None:
+        self._ports = dict(ports or {})
+        self.generation = generation
+
+    def __getitem__(self, name: ServicePortName) -> ServicePort:
+        return self._ports[name]
+
+    def __iter__(self) -> Iterator[ServicePortName]:
+        return iter(self._ports)
+
+    def __len__(self) -> int:
+        return len(self._ports)
+
+    def __repr__(self) -> str:
+        return f"<ServiceMap {self.generation}: {len(self)} service ports>"
+
+
+class Change(Struct, frozen=True):
+    """
+    One word of a source: an object was set, or removed (``object`` is ``None``).
+
+    :ivar key: ``namespace/name``; just the name for a Node.
+    :ivar object: one of :mod:`twisted_kproxy.core.wire`.
+    """
+
+    source: str
+    kind: Kind
+    key: str
+    object: Any | None
+
+
+class Replaced(Struct, frozen=True):
+    """
+    A whole list of a source: after a list, a relist or a reload. What is not in it is gone.
+
+    :ivar rejected: key → reason, of objects that are there but cannot be read: their last good version stays.
+    """
+
+    source: str
+    kind: Kind
+    objects: Mapping[str, Any]
+    rejected: Mapping[str, str] = {}
+
+
+class Rejected(Struct, frozen=True):
+    """An object that cannot be read. Its last good version stays in force; the reason is shown to operators."""
+
+    source: str
+    kind: Kind
+    key: str
+    reason: str
+
+
+Word: TypeAlias = Change | Replaced | Rejected
+
+
+class Problem(Struct, frozen=True, order=True):
+    """
+    Something in an object that is not served, and why.
+
+    :ivar key: ``namespace/name`` of the object.
+    """
+
+    kind: Kind
+    key: str
+    reason: str
+
+
+class Outcome(Struct, frozen=True):
+    """
+    How a relayed connection ended.
+
+    :ivar reason: ``done`` (both sides finished), ``client-reset``, ``backend-reset``, ``client-timeout``,
+        ``backend-timeout``, ``aborted`` (by this proxy).
+    :ivar sent: bytes from the client to the endpoint.
+    :ivar received: bytes from the endpoint to the client.
+    """
+
+    reason: str
+    sent: int
+    received: int

@@ -1,0 +1,290 @@
+"""
+API objects, only the fields that a service proxy reads, under their JSON names. Unknown fields are ignored; what the
+API may leave out or send as ``null`` has a default here, and its meaning is decided in
+:mod:`twisted_kproxy.core.resolve`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from msgspec import Raw, Struct
+
+from .values import Kind
+
+SERVICE_NAME_LABEL = "kubernetes.io/service-name"
+PROXY_NAME_LABEL = "service.kubernetes.io/service-proxy-name"
+HEADLESS_LABEL = "service.kubernetes.io/headless"
+CHANGE_TRIGGER_ANNOTATION = "endpoints.kubernetes.io/last-change-trigger-time"
+
+
+class ObjectMeta(Struct, frozen=True):
+    name: str = ""
+    namespace: str | None = None
+    uid: str | None = None
+    resourceVersion: str | None = None
+    creationTimestamp: str | None = None
+    deletionTimestamp: str | None = None
+    labels: dict[str, str] | None = None
+    annotations: dict[str, str] | None = None
+
+    def label(self, name: str) -> str | None:
+        """The value of a label, ``None`` where it is not set."""
+        return (self.labels or {}).get(name)
+
+
+class ServicePortSpec(Struct, frozen=True):
+    port: int
+    name: str | None = None
+    protocol: str | None = None
+    nodePort: int | None = None
+
+
+class ClientIPConfig(Struct, frozen=True):
+    timeoutSeconds: int | None = None
+
+
+class SessionAffinityConfig(Struct, frozen=True):
+    clientIP: ClientIPConfig | None = None
+
+
+class ServiceSpec(Struct, frozen=True):
+    type: str | None = None
+    clusterIP: str | None = None
+    clusterIPs: list[str] | None = None
+    ports: list[ServicePortSpec] | None = None
+    externalIPs: list[str] | None = None
+    sessionAffinity: str | None = None
+    sessionAffinityConfig: SessionAffinityConfig | None = None
+    externalTrafficPolicy: str | None = None
+    internalTrafficPolicy: str | None = None
+    healthCheckNodePort: int | None = None
+    loadBalancerSourceRanges: list[str] | None = None
+
+
+class LoadBalancerIngress(Struct, frozen=True):
+    ip: str | None = None
+    hostname: str | None = None
+    ipMode: str | None = None
+
+
+class LoadBalancerStatus(Struct, frozen=True):
+    ingress: list[LoadBalancerIngress] | None = None
+
+
+class ServiceStatus(Struct, frozen=True):
+    loadBalancer: LoadBalancerStatus | None = None
+
+
+class Service(Struct, frozen=True):
+    metadata: ObjectMeta
+    spec: ServiceSpec | None = None
+    status: ServiceStatus | None = None
+
+
+class EndpointConditions(Struct, frozen=True):
+    ready: bool | None = None
+    serving: bool | None = None
+    terminating: bool | None = None
+
+
+class ForNode(Struct, frozen=True):
+    name: str = ""
+
+
+class EndpointHints(Struct, frozen=True):
+    forZones: list[ForNode] | None = None
+    forNodes: list[ForNode] | None = None
+
+
+class SliceEndpoint(Struct, frozen=True):
+    addresses: list[str] | None = None
+    conditions: EndpointConditions | None = None
+    nodeName: str | None = None
+    zone: str | None = None
+    hints: EndpointHints | None = None
+    topology: dict[str, str] | None = None  # discovery.k8s.io/v1beta1
+
+
+class SlicePort(Struct, frozen=True):
+    name: str | None = None
+    port: int | None = None
+    protocol: str | None = None
+
+
+class EndpointSlice(Struct, frozen=True):
+    metadata: ObjectMeta
+    addressType: str | None = None
+    endpoints: list[SliceEndpoint] | None = None
+    ports: list[SlicePort] | None = None
+
+
+class EndpointAddress(Struct, frozen=True):
+    ip: str | None = None
+    nodeName: str | None = None
+
+
+class EndpointSubset(Struct, frozen=True):
+    addresses: list[EndpointAddress] | None = None
+    notReadyAddresses: list[EndpointAddress] | None = None
+    ports: list[SlicePort] | None = None
+
+
+class Endpoints(Struct, frozen=True):
+    metadata: ObjectMeta
+    subsets: list[EndpointSubset] | None = None
+
+
+class Taint(Struct, frozen=True):
+    key: str = ""
+    effect: str | None = None
+
+
+class NodeSpec(Struct, frozen=True):
+    podCIDR: str | None = None
+    podCIDRs: list[str] | None = None
+    taints: list[Taint] | None = None
+
+
+class NodeAddress(Struct, frozen=True):
+    type: str = ""
+    address: str = ""
+
+
+class NodeStatus(Struct, frozen=True):
+    addresses: list[NodeAddress] | None = None
+
+
+class Node(Struct, frozen=True):
+    metadata: ObjectMeta
+    spec: NodeSpec | None = None
+    status: NodeStatus | None = None
+
+
+class ListMeta(Struct, frozen=True):
+    resourceVersion: str | None = None
+    continue_: str | None = msgspec.field(name="continue", default=None)
+    remainingItemCount: int | None = None
+
+
+class ListOf(Struct, frozen=True):
+    """A list whose items are not decoded yet: one bad item must not cost the others."""
+
+    kind: str | None = None
+    metadata: ListMeta = ListMeta()
+    items: list[Raw] | None = None
+
+
+class Event(Struct, frozen=True):
+    """One frame of a watch."""
+
+    type: str
+    object: Raw
+
+
+class StatusCause(Struct, frozen=True):
+    reason: str | None = None
+    message: str | None = None
+
+
+class StatusDetails(Struct, frozen=True):
+    causes: list[StatusCause] | None = None
+    retryAfterSeconds: int | None = None
+
+
+class Status(Struct, frozen=True):
+    """What the API server says instead of what was asked for."""
+
+    status: str | None = None
+    message: str | None = None
+    reason: str | None = None
+    code: int | None = None
+    details: StatusDetails | None = None
+    metadata: ListMeta | None = None
+
+
+class OnlyMeta(Struct, frozen=True):
+    """Enough of an object to say which one it is."""
+
+    kind: str | None = None
+    apiVersion: str | None = None
+    metadata: ObjectMeta | None = None
+
+
+TYPES: dict[Kind, type[Any]] = {
+    "Service": Service,
+    "EndpointSlice": EndpointSlice,
+    "Endpoints": Endpoints,
+    "Node": Node,
+}
+DECODERS: dict[Kind, msgspec.json.Decoder[Any]] = {kind: msgspec.json.Decoder(it) for kind, it in TYPES.items()}
+decodeMeta = msgspec.json.Decoder(OnlyMeta).decode
+decodeList = msgspec.json.Decoder(ListOf).decode
+decodeEvent = msgspec.json.Decoder(Event).decode
+decodeStatus = msgspec.json.Decoder(Status).decode
+
+
+class Unreadable(ValueError):
+    """
+    An object that cannot be read.
+
+    :ivar key: which one, ``""`` where not even that can be told.
+    """
+
+    def __init__(self, key: str, reason: str) -> None:
+        super().__init__(reason)
+        self.key = key
+        self.reason = reason
+
+
+def keyOf(meta: ObjectMeta) -> str:
+    """``namespace/name``, or the name alone for what lives in no namespace."""
+    return f"{meta.namespace}/{meta.name}" if meta.namespace else meta.name
+
+
+def decode(kind: Kind, data: bytes | Raw) -> Any:
+    """
+    Decode one object of a kind.
+
+    :raise Unreadable: with the object's key where that much can be read.
+    """
+    try:
+        it = DECODERS[kind].decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise Unreadable(_keyIn(data), str(error)) from None
+    return _checked(kind, it)
+
+
+def convert(kind: Kind, data: Any) -> Any:
+    """
+    The same from plain Python values, such as a YAML parser gives.
+
+    :raise Unreadable: with the object's key where that much can be read.
+    """
+    try:
+        it = msgspec.convert(data, TYPES[kind])
+    except (msgspec.ValidationError, RecursionError) as error:
+        meta = data.get("metadata") if isinstance(data, dict) else None
+        try:
+            key = keyOf(msgspec.convert(meta, ObjectMeta))
+        except (msgspec.ValidationError, RecursionError):
+            key = ""
+        raise Unreadable(key, str(error)) from None
+    return _checked(kind, it)
+
+
+def _checked(kind: Kind, it: Any) -> Any:
+    if not it.metadata.name:
+        raise Unreadable("", "it has no metadata.name")
+    if kind != "Node" and not it.metadata.namespace:
+        raise Unreadable(it.metadata.name, "it has no metadata.namespace")
+    return it
+
+
+def _keyIn(data: bytes | Raw) -> str:
+    try:
+        meta = decodeMeta(data).metadata
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return ""
+    return keyOf(meta) if meta else ""

@@ -1,0 +1,1 @@
+"""Where Services and endpoints are read from: API servers and folders of manifests."""
