@@ -80,7 +80,7 @@ def servicePort(
     name: ServicePortName | None = None,
     cluster: Any = (),
     local: Any = (),
-    frontends: Any = (Frontend("ClusterIP", "10.96.0.10", 80),),
+    frontends: Any = None,
     **fields: Any,
 ) -> ServicePort:
     """A service port; endpoints may be given as ``(address, port)``."""
@@ -88,6 +88,8 @@ def servicePort(
     def endpoints(given: Any) -> tuple[Endpoint, ...]:
         return tuple(it if isinstance(it, Endpoint) else Endpoint(*it) for it in given)
 
+    if frontends is None:
+        frontends = (Frontend("ClusterIP", "10.96.0.10", 80),)
     fields.setdefault("uid", "u1")
     fields.setdefault("reachable", bool(cluster or local))
     return ServicePort(

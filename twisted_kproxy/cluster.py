@@ -7,7 +7,7 @@ In come :class:`~twisted_kproxy.core.values.Change`, ``Replaced`` and ``Rejected
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import Any
 
@@ -35,6 +35,10 @@ ZONE_LABEL = "topology.kubernetes.io/zone"
 _ServiceKey = tuple[str, str]
 
 
+def _nothing(*args: object) -> None:
+    """The callback of nobody."""
+
+
 class _Said:
     """The last word of one source about one kind."""
 
@@ -55,24 +59,21 @@ class Cluster:
 
     log = Logger()
 
-    def __init__(
-        self,
-        kindsOf: Mapping[str, Sequence[str]],
-        nodeName: str,
-        proxyName: str = "",
-        changed: Callable[[], None] = lambda: None,
-    ) -> None:
+    def __init__(self, nodeName: str, proxyName: str = "") -> None:
         """
-        :param kindsOf: source name → kinds that it will report, in configuration order.
-        :param changed: called after each word that may alter the map, and when the last list has come.
+        :param nodeName: this node's name in the API.
+        :param proxyName: serve Services labelled for this proxy only; ``""`` for those without the label.
         """
-        self._said: dict[str, dict[str, _Said]] = {
-            name: {kind: _Said() for kind in kinds} for name, kinds in kindsOf.items()
-        }
-        self._unsynced = {(name, kind) for name, kinds in kindsOf.items() for kind in kinds}
+        #: called after each word that may alter the map, and when something has been listed for the first time
+        self.changed: Callable[[], None] = _nothing
+        #: called with this node's object when it is another than before, ``None`` when it is gone
+        self.nodeChanged: Callable[[wire.Node | None], None] = _nothing
+        #: called with the name of a source each time that it has listed nodes
+        self.nodesListed: Callable[[str], None] = _nothing
+        self._said: dict[str, dict[str, _Said]] = {}
+        self._unsynced: set[tuple[str, str]] = set()
         self._nodeName = nodeName
         self._proxyName = proxyName
-        self.changed = changed
         self._merged: dict[str, dict[str, Any]] = {}
         self._slices: dict[_ServiceKey, dict[tuple[str, str], list[wire.EndpointSlice]]] = {}
         self._sliceHome: dict[tuple[str, str], _ServiceKey] = {}
@@ -87,6 +88,14 @@ class Cluster:
         self.node: wire.Node | None = None
 
     # --- the channel
+
+    def expect(self, source: str, kinds: Iterable[str]) -> None:
+        """
+        A source is going to report these kinds. The order of these calls is the order in which sources win; all of
+        them come before the first word.
+        """
+        self._said[source] = {kind: _Said() for kind in kinds}
+        self._unsynced.update((source, kind) for kind in self._said[source])
 
     def say(self, word: Word) -> None:
         """Take over one word of a source. See :class:`~twisted_kproxy.interfaces.IChannel`."""
@@ -113,6 +122,8 @@ class Cluster:
             self._merge(word.kind, key)
         first = (word.source, word.kind) in self._unsynced
         self._unsynced.discard((word.source, word.kind))
+        if word.kind == "Node":
+            self.nodesListed(word.source)
         if first or gone or fresh:
             self.changed()
 
@@ -194,6 +205,7 @@ class Cluster:
 
     def _setNode(self, node: wire.Node | None) -> None:
         self.node = node
+        self.nodeChanged(node)
         zone = (node.metadata.label(ZONE_LABEL) or "") if node is not None else ""
         facts = NodeFacts(name=self._nodeName, zone=zone)
         if facts != self._facts:

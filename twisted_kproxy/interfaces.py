@@ -108,8 +108,11 @@ class ISyncObserver(Interface):
     def queued() -> None:
         """There is something that is not in force yet."""
 
+    def began(update: Update) -> None:
+        """An update goes out, with all that was queued; what is queued from now on waits for the next."""
+
     def applied(update: Update, seconds: float) -> None:
-        """An update is in force; it took so long. Nothing else is waiting unless queued() is called again."""
+        """The update that went out is in force; it took so long."""
 
     def failed(update: Update, seconds: float) -> None:
         """An update could not be put into force; it will be tried again, in full."""

@@ -81,6 +81,7 @@ class _Core:
     timer: IDelayedCall | None = None
     fullTimer: IDelayedCall | None = None
     out: Deferred[None] | None = None
+    outSince: float | None = None
     whenOver: list[Deferred[None]] = field(factory=list)
     inputs: _Inputs | None = None
 
@@ -153,14 +154,15 @@ class _Core:
         self.tokens -= 1.0
         full, self.full = self.full, False
         update = Update(self.applied, self.desired.current(), full)
+        self.observer.began(update)
         if not update:
             self.observer.applied(update, 0.0)
             inputs.succeeded()
             return
-        began = self.clock.seconds()
+        began = self.outSince = self.clock.seconds()
 
         def done(_: None) -> None:
-            self.out = None
+            self.out = self.outSince = None
             seconds = self.clock.seconds() - began
             self.applied = update.current
             self.failures = 0
@@ -181,7 +183,7 @@ class _Core:
             inputs.succeeded()
 
         def broken(failure: Failure) -> None:
-            self.out = None
+            self.out = self.outSince = None
             self.full = True
             self.failures += 1
             self.observer.failed(update, self.clock.seconds() - began)
@@ -310,6 +312,12 @@ class Syncer:
     def failures(self) -> int:
         """How many times in a row an update has failed by now."""
         return self._core.failures
+
+    @property
+    def outFor(self) -> float:
+        """For how many seconds an update has been out by now; 0 when none is."""
+        since = self._core.outSince
+        return 0.0 if since is None else self._core.clock.seconds() - since
 
     def start(self) -> None:
         """The listeners are ready. Nothing goes out before this was called and the sources have synced."""

@@ -33,7 +33,8 @@ class UpdateTests(SynchronousTestCase):
     def test_renamed(self) -> None:
         """A port of the same Service with the same tuple under another name was renamed."""
         old, new = servicePort(portName(port="http")), servicePort(portName(port="web"))
-        self.assertEqual(Update(serviceMap(old), serviceMap(new)).renamed, {portName(port="web"): portName(port="http")})
+        update = Update(serviceMap(old), serviceMap(new))
+        self.assertEqual(update.renamed, {portName(port="web"): portName(port="http")})
 
     def test_notRenamed(self) -> None:
         """Another uid, another tuple, or another Service is no renaming."""
@@ -56,12 +57,12 @@ class UpdateTests(SynchronousTestCase):
             return StaleFlow(FrontendKey("IPv4", "UDP", ip, 53))
 
         before = serviceMap(
-            udp("gone", ("10.1.0.1", 1), ip="10.96.0.1"), udp("moved", ("10.1.0.1", 1), ip="10.96.0.2"),  # type: ignore[arg-type]
-            udp("same", ("10.1.0.1", 1), ip="10.96.0.3"), servicePort(),  # type: ignore[arg-type]
+            udp("gone", ("10.1.0.1", 1), ip="10.96.0.1"), udp("moved", ("10.1.0.1", 1), ip="10.96.0.2"),
+            udp("same", ("10.1.0.1", 1), ip="10.96.0.3"), servicePort(),
         )
         after = serviceMap(
-            udp("moved", ("10.1.0.2", 1), ip="10.96.0.2"), udp("same", ("10.1.0.1", 1), ip="10.96.0.3"),  # type: ignore[arg-type]
-            udp("new", ip="10.96.0.4"),  # type: ignore[arg-type]
+            udp("moved", ("10.1.0.2", 1), ip="10.96.0.2"), udp("same", ("10.1.0.1", 1), ip="10.96.0.3"),
+            udp("new", ip="10.96.0.4"),
         )
         self.assertEqual(
             Update(before, after).staleFlows, {flow("10.96.0.1"), flow("10.96.0.2"), flow("10.96.0.4")}

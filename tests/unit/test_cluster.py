@@ -26,18 +26,21 @@ class ClusterTestCase(SynchronousTestCase):
         self.cluster = self.make("s")
 
     def make(self, *sources: str, synced: bool = True) -> Cluster:
-        cluster = Cluster(dict.fromkeys(sources, KINDS), "n0", changed=self.count)
+        cluster = Cluster("n0")
+        cluster.changed = self.count
+        for name in sources:
+            cluster.expect(name, KINDS)
         if synced:
             for name in sources:
                 for kind in KINDS:
-                    cluster.say(Replaced(name, kind, {}))  # type: ignore[arg-type]
+                    cluster.say(Replaced(name, kind, {}))
         return cluster
 
     def count(self) -> None:
         self.changes += 1
 
     def put(self, it: Any, source: str = "s", cluster: Cluster | None = None) -> None:
-        kind: Kind = type(it).__name__  # type: ignore[assignment]
+        kind: Kind = type(it).__name__
         (cluster or self.cluster).say(Change(source, kind, wire.keyOf(it.metadata), it))
 
     def drop(self, kind: Kind, key: str, source: str = "s") -> None:
@@ -63,7 +66,7 @@ class SyncTests(ClusterTestCase):
             for kind in KINDS:
                 self.assertFalse(cluster.synced)
                 self.changes = 0
-                cluster.say(Replaced(name, kind, {}))  # type: ignore[arg-type]
+                cluster.say(Replaced(name, kind, {}))
                 self.assertEqual(self.changes, 1)
         self.assertTrue(cluster.synced)
         self.assertEqual(cluster.missing, [])
@@ -170,6 +173,18 @@ class MergeTests(ClusterTestCase):
         self.assertEqual(self.ends(), ["10.1.0.2:8080"])
         self.drop("Node", "n0")
         self.assertEqual(len(self.ends() or ()), 2)
+
+    def test_nodeCallbacks(self) -> None:
+        """Who wants to know is told of this node's object, and of each list of nodes."""
+        seen: list[object] = []
+        self.cluster.nodeChanged = seen.append
+        self.cluster.nodesListed = seen.append
+        mine = node("n0", "a")
+        self.put(mine)
+        self.put(node("n1", "a"))
+        self.drop("Node", "n0")
+        self.cluster.say(Replaced("s", "Node", {}))
+        self.assertEqual(seen, [mine, None, "s"])
 
     def test_recreated(self) -> None:
         """Another uid under the same name is another service port."""
@@ -327,7 +342,7 @@ class HistoryTests(ClusterTestCase):
         fresh = self.make("a", "b")
         for name, kinds in lived._said.items():
             for kind, said in kinds.items():
-                fresh.say(Replaced(name, kind, dict(said.objects)))  # type: ignore[arg-type]
+                fresh.say(Replaced(name, kind, dict(said.objects)))
         self.assertEqual(dict(lived.current()), dict(fresh.current()))
         self.assertEqual(lived.pending(), fresh.pending())
         keys = [port.key(f) for port in lived.current().values() for f in port.frontends]

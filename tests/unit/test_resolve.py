@@ -179,7 +179,8 @@ class EndpointTests(SynchronousTestCase):
             {"name": "http", "port": 8080, "protocol": "TCP"}, {"name": "http", "port": 9090, "protocol": "UDP"},
             {"name": "other", "port": 1, "protocol": "TCP"},
         ]
-        self.assertEqual(ends(one(resolve(service(), [slice_(member("10.1.0.1"), ports=ports)], NODE))), ["10.1.0.1:8080"])
+        it = resolve(service(), [slice_(member("10.1.0.1"), ports=ports)], NODE)
+        self.assertEqual(ends(one(it)), ["10.1.0.1:8080"])
 
     def test_numbersPerSlice(self) -> None:
         """Pods that resolve a named port differently sit in different slices, each with its number."""
@@ -220,7 +221,8 @@ class EndpointTests(SynchronousTestCase):
             member("10.1.0.1", nodeName="n0"), member("10.1.0.2"), member("10.1.0.3", nodeName="n1"),
             member("10.1.0.4", topology={"kubernetes.io/hostname": "n0"}),
         )
-        self.assertEqual([str(e) for e in one(resolve(service(), [it], NODE)).local], ["10.1.0.1:8080", "10.1.0.4:8080"])
+        local = one(resolve(service(), [it], NODE)).local
+        self.assertEqual([str(e) for e in local], ["10.1.0.1:8080", "10.1.0.4:8080"])
 
     def test_duplicate(self) -> None:
         """A running pod beats a terminating one with the same address, in whichever slice it is."""
@@ -247,7 +249,8 @@ class EndpointTests(SynchronousTestCase):
             },
         )
         both = service(clusterIPs=["10.96.0.10", "fd00:96::10"])
-        self.assertEqual([ends(p) for p in resolve(both, slicesOf(it), NODE).ports], [["10.1.0.1:8080"], ["[fd00::1]:8080"]])
+        ports = resolve(both, slicesOf(it), NODE).ports
+        self.assertEqual([ends(port) for port in ports], [["10.1.0.1:8080"], ["[fd00::1]:8080"]])
 
 
 class OrderTests(SynchronousTestCase):

@@ -65,6 +65,9 @@ class Observer:
     def queued(self) -> None:
         self.seen.append("queued")
 
+    def began(self, update: Update) -> None:
+        self.seen.append("began")
+
     def applied(self, update: Update, seconds: float) -> None:
         self.seen.append("applied")
 
@@ -216,7 +219,7 @@ class SyncerTests(SynchronousTestCase):
         self.begin()
         self.syncer.changed()
         self.clock.pump([0, 0])
-        self.assertEqual((self.sent(), self.observer.seen), ([], ["queued", "applied"]))
+        self.assertEqual((self.sent(), self.observer.seen), ([], ["queued", "began", "applied"]))
 
     def test_pieces(self) -> None:
         """Resolving much is cut into turns of the reactor, before anything is sent."""

@@ -10,7 +10,7 @@ NODE = NodeFacts("n0", "zone-a")
 
 
 def at(last: int, **fields: object) -> Candidate:
-    return Candidate(f"10.0.0.{last}", 80, **fields)  # type: ignore[arg-type]
+    return Candidate(f"10.0.0.{last}", 80, **fields)
 
 
 def names(pools: Pools) -> tuple[list[str], list[str]]:

@@ -220,7 +220,9 @@ class Outcome(Struct, frozen=True):
     How a relayed connection ended.
 
     :ivar reason: ``done`` (both sides finished), ``client-reset``, ``backend-reset``, ``client-timeout``,
-        ``backend-timeout``, ``aborted`` (by this proxy).
+        ``backend-timeout``, ``aborted`` (by this proxy). A UDP flow has no end of its own; it is given up as ``idle``,
+        ``moved`` (its endpoint has left the pool), ``refused``, ``unreachable`` (the client is led elsewhere),
+        ``evicted`` (its place was needed) or ``aborted``.
     :ivar sent: bytes from the client to the endpoint.
     :ivar received: bytes from the endpoint to the client.
     """
