@@ -1,0 +1,145 @@
+"""The API server as a source: one reflector for each kind."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from random import random as anyNumber
+from typing import Any
+
+from twisted.application.service import Service
+from twisted.internet.defer import Deferred
+from twisted.logger import Logger
+from twisted.web.iweb import IAgent
+from zope.interface import implementer
+
+from ..core.wire import HEADLESS_LABEL, PROXY_NAME_LABEL
+from ..interfaces import IChannel, ISource, NotAvailable
+from . import kubeconfig
+from .agent import ApiAgent, TlsPolicy
+from .client import ApiClient, Resource
+from .credentials import SERVICE_ACCOUNT, ApiAccess, IApiOptions, explicit, inCluster
+from .reflector import Reflector
+
+
+def resources(nodeName: str, proxyName: str = "") -> tuple[Resource, ...]:
+    """
+    What a service proxy reads. Selectors keep what is not for it on the server (``kubernetes/pkg/proxy``, and
+    KEP-2447 for ``service-proxy-name``).
+
+    :param proxyName: serve the Services that carry this name, instead of those that carry none.
+    """
+    return (
+        Resource(
+            "Service",
+            "/api/v1/services",
+            labelSelector=f"{PROXY_NAME_LABEL}={proxyName}" if proxyName else f"!{PROXY_NAME_LABEL}",
+            fieldSelector="spec.clusterIP!=None",
+        ),
+        Resource(
+            "EndpointSlice", "/apis/discovery.k8s.io/v1/endpointslices", labelSelector=f"!{HEADLESS_LABEL}"
+        ),
+        Resource("Node", "/api/v1/nodes", fieldSelector=f"metadata.name={nodeName}"),
+    )
+
+
+def accessFor(
+    name: str, options: IApiOptions, environ: Mapping[str, str], serviceAccount: str = SERVICE_ACCOUNT
+) -> ApiAccess:
+    """
+    The access that a section asks for, once all of it that needs no network has been tried, certificates included.
+
+    :raise NotAvailable: naming file and field.
+    """
+    try:
+        if options.kubeconfig:
+            access = kubeconfig.load(options.kubeconfig)
+        elif options.inCluster:
+            access = inCluster(environ, serviceAccount)
+        elif options.server:
+            access = explicit(name, options)
+        else:
+            raise NotAvailable("give one of kubeconfig, in-cluster and server")
+        if access.secure:
+            TlsPolicy(access)
+    except NotAvailable as error:
+        raise NotAvailable(f"source {name}: {str(error).removeprefix(f'source {name}: ')}")
+    return access
+
+
+@implementer(ISource)
+class ApiSource(Service):
+    """
+    Reads Services, EndpointSlices and this node from an API server.
+
+    :param options: a ``[source:NAME]`` section.
+    :param nodeName: which Node is ours.
+    :param proxyName: see :func:`resources`.
+    :param agent: sends the requests; by default one that the access makes. Where it has a ``close``, that ends it.
+    :param random: gives numbers in [0, 1).
+    :raise NotAvailable: where the options lead nowhere: an unreadable kubeconfig, a key that does not fit.
+    """
+
+    log = Logger()
+    kinds: tuple[str, ...] = ("Service", "EndpointSlice", "Node")
+
+    def __init__(
+        self,
+        reactor: Any,
+        name: str,
+        options: IApiOptions,
+        channel: IChannel,
+        *,
+        nodeName: str,
+        proxyName: str = "",
+        agent: IAgent | None = None,
+        random: Callable[[], float] | None = None,
+        environ: Mapping[str, str] | None = None,
+        serviceAccount: str = SERVICE_ACCOUNT,
+    ) -> None:
+        if not nodeName:
+            raise NotAvailable(f"source {name}: the name of this node is not known")
+        self.name = name
+        self._access = accessFor(name, options, os.environ if environ is None else environ, serviceAccount)
+        self._agent: Any = ApiAgent(reactor, self._access) if agent is None else agent
+        client = ApiClient(reactor, self._access, self._agent)
+        self._reflectors = {
+            resource.kind: Reflector(reactor, client, resource, name, channel.say, random or anyNumber)
+            for resource in resources(nodeName, proxyName)
+        }
+
+    def startService(self) -> None:
+        super().startService()  # type: ignore[no-untyped-call]
+        self.log.info(
+            "Source {name} reads from {server}: {manner}",
+            server=self._access.server,
+            name=self.name,
+            manner=self._access.manner(),
+        )
+        if not self._access.secure:
+            self.log.warn("{server} is asked without TLS, so no credentials are sent", server=self._access.server)
+        for reflector in self._reflectors.values():
+            reflector.start()
+
+    def stopService(self) -> Deferred[None] | None:
+        """Fires once no connection is left. Nothing is said any more once this has returned."""
+        super().stopService()  # type: ignore[no-untyped-call]
+        for reflector in self._reflectors.values():
+            reflector.stop()
+        close = getattr(self._agent, "close", None)
+        closed: Deferred[None] | None = None if close is None else close()
+        return closed
+
+    def ages(self) -> Mapping[str, float | None]:
+        """See :meth:`ISource.ages`."""
+        return {kind: reflector.age() for kind, reflector in self._reflectors.items()}
+
+    def status(self) -> Mapping[str, Any]:
+        """See :meth:`ISource.status`."""
+        return {
+            "type": "api",
+            "server": self._access.server,
+            "access": self._access.manner(),
+            "origin": self._access.origin,
+            "kinds": {kind: reflector.status() for kind, reflector in self._reflectors.items()},
+        }
