@@ -1,0 +1,420 @@
+"""
+What every relay engine promises: one suite, mixed into a test case for each of them.
+
+The ends of the connections are blocking sockets in threads of their own: whatever the engine does with its two
+sockets in between, these see only TCP.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import select
+import socket
+import struct
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from twisted.internet.defer import Deferred, gatherResults
+from twisted.internet.task import deferLater
+from twisted.python.failure import Failure
+from zope.interface.verify import verifyObject
+
+from twisted_kproxy.core.values import Outcome
+from twisted_kproxy.interfaces import IRelay
+
+#: Seconds after which a blocked end gives up: a hang is a failure, not a wait.
+PATIENCE = 8.0
+
+
+def inThread(reactor: Any, run: Callable[..., Any], *args: Any) -> Deferred[Any]:
+    """What a blocking function returns, run in a thread of its own."""
+    done: Deferred[Any] = Deferred()
+
+    def body() -> None:
+        try:
+            result = run(*args)
+        except BaseException:
+            reactor.callFromThread(done.errback, Failure())
+        else:
+            reactor.callFromThread(done.callback, result)
+
+    threading.Thread(target=body, daemon=True).start()
+    return done
+
+
+def tcpPair(buffers: int = 0) -> tuple[socket.socket, socket.socket]:
+    """Two ends of a TCP connection over loopback: the first blocking with a time-out, the second non-blocking."""
+    with socket.socket() as listener:
+        if buffers:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffers)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffers)
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(1)
+        outer = socket.socket()
+        if buffers:
+            outer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffers)
+            outer.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffers)
+        outer.settimeout(PATIENCE)
+        outer.connect(listener.getsockname())
+        inner, _ = listener.accept()
+    inner.setblocking(False)
+    return outer, inner
+
+
+def reset(sock: socket.socket) -> None:
+    """Close with a reset."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    sock.close()
+
+
+def readAll(sock: socket.socket, size: int = 65536) -> bytes:
+    """Everything until the other side ends."""
+    parts = []
+    while data := sock.recv(size):
+        parts.append(data)
+    return b"".join(parts)
+
+
+def readExactly(sock: socket.socket, count: int) -> bytes:
+    """So many bytes."""
+    parts = []
+    while count:
+        data = sock.recv(min(count, 65536))
+        if not data:
+            raise AssertionError(f"the connection ended {count} bytes early")
+        parts.append(data)
+        count -= len(data)
+    return b"".join(parts)
+
+
+def ending(sock: socket.socket) -> str:
+    """How the other side ends, whatever it says before: ``end`` or ``reset``."""
+    try:
+        while sock.recv(65536):
+            pass
+    except ConnectionResetError:
+        return "reset"
+    return "end"
+
+
+def descriptors() -> int:
+    """How many file descriptors this process has open."""
+    return len(os.listdir("/proc/self/fd"))
+
+
+def memory() -> int:
+    """Resident bytes of this process."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+class RelaySuite:
+    """
+    Mix into a :class:`twisted.trial.unittest.TestCase` that sets ``reactor``.
+
+    :cvar pooled: descriptors that the engine may keep for later use.
+    """
+
+    reactor: Any
+    pooled = 0
+
+    def makeRelay(self, reactor: Any) -> Any:
+        """The engine under test."""
+        raise NotImplementedError
+
+    # --- parts of scenarios
+
+    def connect(self, relay: Any, early: bytes = b"", buffers: int = 0) -> tuple[Any, Any, Deferred[Outcome]]:
+        """A relayed connection: the client, the backend, the outcome."""
+        client, clientSide = tcpPair(buffers)
+        backend, backendSide = tcpPair(buffers)
+        for end in (client, backend):
+            self.addCleanup(end.close)  # type: ignore[attr-defined]
+        return client, backend, relay.relay(clientSide, backendSide, early)
+
+    def run_(self, *args: Any) -> Deferred[Any]:
+        return inThread(self.reactor, *args)
+
+    def pause(self, seconds: float) -> Deferred[None]:
+        return deferLater(self.reactor, seconds)
+
+    def equal(self, first: Any, second: Any) -> None:
+        """Without the whole megabyte in the message."""
+        if first != second:
+            raise AssertionError(f"{first!r:.200} is not {second!r:.200}")
+
+    # --- the suite
+
+    def test_interface(self) -> None:
+        """It is an IRelay."""
+        verifyObject(IRelay, self.makeRelay(self.reactor))
+
+    async def test_parallelEchoes(self) -> None:
+        """Random bytes come back as they went, on many connections at once, and are counted to the byte."""
+        relay = self.makeRelay(self.reactor)
+        size = 400_000
+
+        def echo(sock: socket.socket) -> None:
+            while data := sock.recv(65536):
+                sock.sendall(data)
+            sock.shutdown(socket.SHUT_WR)
+
+        def ask(sock: socket.socket, seed: int) -> bool:
+            payload = random.Random(seed).randbytes(size)
+            sender = threading.Thread(target=lambda: (sock.sendall(payload), sock.shutdown(socket.SHUT_WR)))
+            sender.start()
+            back = readAll(sock)
+            sender.join()
+            return back == payload
+
+        waiting: list[Deferred[Any]] = []
+        outcomes: list[Deferred[Outcome]] = []
+        for seed in range(20):
+            client, backend, outcome = self.connect(relay)
+            waiting += [self.run_(ask, client, seed), self.run_(echo, backend)]
+            outcomes.append(outcome)
+        results = await gatherResults(waiting)
+        self.equal(results[::2], [True] * 20)
+        self.equal(await gatherResults(outcomes), [Outcome("done", size, size)] * 20)
+
+    async def test_requestHalfCloseReply(self) -> None:
+        """A request of any size, ended by a half-close, is answered after its end."""
+        relay = self.makeRelay(self.reactor)
+        for size in (0, 1, 100, 65536, 131072, 1 << 20):
+            client, backend, outcome = self.connect(relay)
+
+            def serve(backend: socket.socket = backend) -> int:
+                got = readAll(backend)
+                backend.sendall(hashlib.sha256(got).digest() * 1000)
+                backend.close()
+                return len(got)
+
+            def ask(client: socket.socket = client, size: int = size) -> bool:
+                payload = os.urandom(size)
+                client.sendall(payload)
+                client.shutdown(socket.SHUT_WR)
+                return readAll(client) == hashlib.sha256(payload).digest() * 1000
+
+            served, right = await gatherResults([self.run_(serve), self.run_(ask)])
+            self.equal((size, served, right), (size, size, True))
+            self.equal(await outcome, Outcome("done", size, 32000))
+
+    async def test_backendHalfClose(self) -> None:
+        """The backend ends its side first; what the client still has to say arrives."""
+        relay = self.makeRelay(self.reactor)
+        client, backend, outcome = self.connect(relay)
+
+        def serve() -> int:
+            backend.sendall(b"greeting")
+            backend.shutdown(socket.SHUT_WR)
+            return len(readAll(backend))
+
+        def ask() -> bytes:
+            greeting = readAll(client)
+            client.sendall(b"x" * 200_000)
+            client.shutdown(socket.SHUT_WR)
+            return greeting
+
+        served, greeting = await gatherResults([self.run_(serve), self.run_(ask)])
+        self.equal((served, greeting), (200_000, b"greeting"))
+        self.equal(await outcome, Outcome("done", 200_000, 8))
+
+    async def test_sendThenClose(self) -> None:
+        """A client that sends and closes at once loses nothing: the backend gets every byte, then the end."""
+        relay = self.makeRelay(self.reactor)
+        rng = random.Random(7)
+        for _ in range(60):
+            size = rng.choice((1, 10, 1000, 70_000))
+            client, backend, outcome = self.connect(relay)
+
+            def send(client: socket.socket = client, size: int = size) -> None:
+                client.sendall(b"y" * size)
+                client.close()
+
+            def serve(backend: socket.socket = backend) -> int:
+                got = len(readAll(backend))
+                backend.close()
+                return got
+
+            _, got = await gatherResults([self.run_(send), self.run_(serve)])
+            self.equal(got, size)
+            self.equal(await outcome, Outcome("done", size, 0))
+
+    async def test_backendReset(self) -> None:
+        """A reset of the backend reaches the client as a reset, never as an end."""
+        relay = self.makeRelay(self.reactor)
+        client, backend, outcome = self.connect(relay)
+        client.sendall(b"hello")
+        self.equal(await self.run_(readExactly, backend, 5), b"hello")
+        reset(backend)
+        self.equal(await self.run_(ending, client), "reset")
+        self.equal(await outcome, Outcome("backend-reset", 5, 0))
+
+    async def test_clientReset(self) -> None:
+        """A reset of the client reaches the backend as a reset."""
+        relay = self.makeRelay(self.reactor)
+        client, backend, outcome = self.connect(relay)
+        backend.sendall(b"hello")
+        self.equal(await self.run_(readExactly, client, 5), b"hello")
+        reset(client)
+        self.equal(await self.run_(ending, backend), "reset")
+        self.equal(await outcome, Outcome("client-reset", 0, 5))
+
+    async def test_resetAfterHalfClose(self) -> None:
+        """A backend that resets after the client's half-close: the client still sees a reset."""
+        relay = self.makeRelay(self.reactor)
+        client, backend, outcome = self.connect(relay)
+        client.sendall(b"hello")
+        client.shutdown(socket.SHUT_WR)
+        self.equal(await self.run_(readAll, backend), b"hello")
+        reset(backend)
+        self.equal(await self.run_(ending, client), "reset")
+        self.equal((await outcome).reason, "backend-reset")
+
+    async def test_answerBeforeRequestEnds(self) -> None:
+        """
+        A backend that answers and closes without reading the rest of the request (which makes its kernel reset): the
+        answer reaches the client.
+        """
+        relay = self.makeRelay(self.reactor)
+        client, backend, outcome = self.connect(relay)
+
+        def serve() -> None:
+            backend.recv(1000)
+            backend.sendall(b"too large")
+            backend.close()
+
+        def ask() -> bytes:
+            try:
+                for _ in range(200):
+                    client.sendall(b"z" * 10_000)
+            except OSError:
+                pass
+            return client.recv(100)
+
+        _, answer = await gatherResults([self.run_(serve), self.run_(ask)])
+        self.equal(answer, b"too large")
+        client.close()
+        self.equal((await outcome).reason in ("backend-reset", "client-reset"), True)
+
+    async def test_backendNeverReads(self) -> None:
+        """Back-pressure: a client cannot push more than a bounded number of bytes at a backend that reads nothing."""
+        relay = self.makeRelay(self.reactor)
+        client, backend, outcome = self.connect(relay)
+        before = memory()
+        block = b"b" * 65536
+
+        def push() -> int:
+            client.setblocking(False)
+            total = 0
+            while total < 128 << 20 and select.select([], [client], [], 0.4)[1]:
+                try:
+                    total += client.send(block)
+                except BlockingIOError:
+                    continue
+            return total
+
+        accepted = await self.run_(push)
+        self.equal(accepted < 64 << 20, True)
+        self.equal(memory() - before < 8 << 20, True)
+        # It is only held up: once the backend reads, all of it arrives.
+        client.settimeout(PATIENCE)
+        client.shutdown(socket.SHUT_WR)
+        self.equal(await self.run_(lambda: len(readAll(backend))), accepted)
+        backend.close()
+        self.equal(await outcome, Outcome("done", accepted, 0))
+
+    async def test_earlyBytesFirst(self) -> None:
+        """What was read of the client before comes first, and counts; also when it is more than fits at once."""
+        relay = self.makeRelay(self.reactor)
+        for early, buffers in ((b"early ", 0), (os.urandom(65536), 4096)):
+            client, backend, outcome = self.connect(relay, early, buffers)
+            client.sendall(b"late")
+            client.shutdown(socket.SHUT_WR)
+            self.equal(await self.run_(readAll, backend), early + b"late")
+            backend.close()
+            self.equal(await outcome, Outcome("done", len(early) + 4, 0))
+
+    async def test_cancelResetsBoth(self) -> None:
+        """Cancelling resets both sides at once; the outcome says so, and is no failure."""
+        relay = self.makeRelay(self.reactor)
+        client, backend, outcome = self.connect(relay)
+        client.sendall(b"abc")
+        self.equal(await self.run_(readExactly, backend, 3), b"abc")
+        outcome.cancel()
+        self.equal(await outcome, Outcome("aborted", 3, 0))
+        self.equal(await self.run_(ending, client), "reset")
+        self.equal(await self.run_(ending, backend), "reset")
+
+    async def test_descriptorsReturn(self) -> None:
+        """However connections end, no descriptor is left behind."""
+        relay = self.makeRelay(self.reactor)
+        # A reactor that has just started has its own to open.
+        await self.pause(0)
+        before = descriptors()
+        endings: list[Callable[[socket.socket, socket.socket], None]] = [
+            lambda client, backend: (client.close(), backend.close()),  # type: ignore[func-returns-value]
+            lambda client, backend: (reset(client), backend.close()),  # type: ignore[func-returns-value]
+            lambda client, backend: (client.close(), reset(backend)),  # type: ignore[func-returns-value]
+        ]
+        for number in range(45):
+            client, backend, outcome = self.connect(relay, b"e" * (number % 2))
+            client.sendall(b"1")
+            endings[number % 3](client, backend)
+            await outcome
+        self.equal(descriptors() <= before + self.pooled, True)
+
+    async def test_closedBefore(self) -> None:
+        """Both sides were gone before the relay began: it ends all the same."""
+        relay = self.makeRelay(self.reactor)
+        client, clientSide = tcpPair()
+        backend, backendSide = tcpPair()
+        reset(client)
+        reset(backend)
+        self.equal((await relay.relay(clientSide, backendSide, b"early")).reason.endswith("-reset"), True)
+
+    async def test_randomSegments(self) -> None:
+        """
+        Against a perfect pipe: random segments both ways, through small buffers, slow and fast readers, random order
+        of ends; what comes out is what went in.
+        """
+        relay = self.makeRelay(self.reactor)
+
+        def write(sock: socket.socket, seed: int, payload: bytes, wait: threading.Event) -> None:
+            rng = random.Random(seed)
+            sent = 0
+            while sent < len(payload):
+                size = rng.choice((1, 7, 536, 1460, 9000, 70_000))
+                sock.sendall(payload[sent : sent + size])
+                sent += size
+                if rng.random() < 0.05:
+                    wait.wait(rng.random() / 100)
+            sock.shutdown(socket.SHUT_WR)
+
+        def read(sock: socket.socket, seed: int, wait: threading.Event) -> bytes:
+            rng = random.Random(seed)
+            parts = []
+            while data := sock.recv(rng.choice((1, 100, 4096, 65536))):
+                parts.append(data)
+                if rng.random() < 0.02:
+                    wait.wait(rng.random() / 100)
+            return b"".join(parts)
+
+        never = threading.Event()
+        for seed in range(6):
+            rng = random.Random(seed)
+            client, backend, outcome = self.connect(relay, buffers=rng.choice((0, 4096, 16384)))
+            up, down = rng.randbytes(rng.randrange(150_000)), rng.randbytes(rng.randrange(150_000))
+            _, _, gotUp, gotDown = await gatherResults(
+                [
+                    self.run_(write, client, seed, up, never),
+                    self.run_(write, backend, seed + 100, down, never),
+                    self.run_(read, backend, seed + 200, never),
+                    self.run_(read, client, seed + 300, never),
+                ]
+            )
+            self.equal((gotUp == up, gotDown == down), (True, True))
+            self.equal(await outcome, Outcome("done", len(up), len(down)))

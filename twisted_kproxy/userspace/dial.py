@@ -1,0 +1,225 @@
+"""Connecting to endpoints: raw non-blocking sockets in the reactor, any number in parallel, one timer for all."""
+
+from __future__ import annotations
+
+import errno
+import socket
+from typing import Any, Protocol
+
+from twisted.internet.interfaces import IWriteDescriptor
+from twisted.python.failure import Failure
+from zope.interface import implementer
+
+from ..core.values import Endpoint
+from .sockets import EXHAUSTED, familyOf, pendingError, resetClose, tune
+
+_REASONS = {
+    errno.ECONNREFUSED: "refused",
+    errno.ETIMEDOUT: "timeout",
+    errno.EHOSTUNREACH: "unreachable",
+    errno.ENETUNREACH: "unreachable",
+    errno.EHOSTDOWN: "unreachable",
+    errno.ENETDOWN: "unreachable",
+    errno.EACCES: "unreachable",
+    errno.EPERM: "unreachable",
+    errno.ECONNRESET: "reset",
+    errno.ECONNABORTED: "reset",
+    errno.EPIPE: "reset",
+    # All ephemeral ports towards this endpoint are taken: our fault, and another endpoint may have some left.
+    errno.EADDRNOTAVAIL: "limit",
+    **dict.fromkeys(EXHAUSTED, "limit"),
+}
+
+
+def reasonOf(number: int | None) -> str:
+    """What :class:`~twisted_kproxy.interfaces.ITrafficObserver` calls that error number."""
+    return _REASONS.get(number or 0, "error")
+
+
+class Dialing(Protocol):
+    """Who wants the connection. One of these is called, once, unless the dial was cancelled."""
+
+    def dialConnected(self, sock: socket.socket) -> None: ...
+
+    def dialFailed(self, number: int) -> None: ...
+
+
+class Deadlines:
+    """
+    Time-outs of a few fixed lengths, kept in order by length, with one timer for all: a connection that is
+    established in time costs two dictionary operations. No timer is left when nothing waits.
+    """
+
+    def __init__(self, reactor: Any) -> None:
+        self._reactor = reactor
+        self._queues: dict[float, dict[Dial, float]] = {}
+        self._count = 0
+        self._timer: Any = None
+
+    def add(self, dial: Dial, seconds: float) -> None:
+        deadline = self._reactor.seconds() + seconds
+        self._queues.setdefault(seconds, {})[dial] = deadline
+        self._count += 1
+        if self._timer is None:
+            self._timer = self._reactor.callLater(seconds, self._expire)
+        elif deadline < self._timer.getTime():
+            self._timer.reset(seconds)
+
+    def remove(self, dial: Dial, seconds: float) -> None:
+        if self._queues[seconds].pop(dial, None) is None:
+            return
+        self._count -= 1
+        if not self._count and self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _expire(self) -> None:
+        self._timer = None
+        now = self._reactor.seconds()
+        expired: list[Dial] = []
+        earliest: float | None = None
+        for queue in self._queues.values():
+            for dial, deadline in queue.items():
+                if deadline > now:
+                    earliest = deadline if earliest is None else min(earliest, deadline)
+                    break
+                expired.append(dial)
+        for dial in expired:
+            del self._queues[dial.timeout][dial]
+        self._count -= len(expired)
+        if earliest is not None:
+            self._timer = self._reactor.callLater(earliest - now, self._expire)
+        for dial in expired:
+            dial.expired()
+
+
+@implementer(IWriteDescriptor)
+class Dial:
+    """
+    One attempt to connect, registered with the reactor until it is decided.
+
+    :ivar socket: connected, for the caller to take over, when :meth:`Dialer.dial` could finish at once.
+    """
+
+    __slots__ = ("_dialer", "_owner", "connected", "socket", "timeout")
+
+    def __init__(self, dialer: Dialer, sock: socket.socket, owner: Dialing, timeout: float) -> None:
+        self._dialer = dialer
+        self._owner: Dialing | None = owner
+        self.socket = sock
+        self.timeout = timeout
+        self.connected = False
+
+    def cancel(self) -> None:
+        """Give up; the owner hears nothing. Harmless when it is over."""
+        if self._finish() is not None:
+            self.socket.close()
+
+    def expired(self) -> None:
+        """Its time is over."""
+        owner = self._finish()
+        if owner is not None:
+            self.socket.close()
+            owner.dialFailed(errno.ETIMEDOUT)
+
+    def doWrite(self) -> None:
+        """The socket is writable: it is connected, or has failed."""
+        if self._owner is None:
+            return
+        number = established(self.socket)
+        if number == errno.EINPROGRESS:
+            # An event meant for an earlier socket of the same number.
+            self._dialer.reactor.addWriter(self)
+            return
+        owner = self._finish()
+        if owner is None:
+            return
+        if number:
+            _discard(self.socket, number)
+            owner.dialFailed(number)
+        else:
+            owner.dialConnected(self.socket)
+
+    def connectionLost(self, reason: Failure) -> None:
+        """poll and epoll report a failed connect as a hang-up; the socket knows what it was."""
+        self.doWrite()
+
+    def fileno(self) -> int:
+        return self.socket.fileno()
+
+    def logPrefix(self) -> str:
+        return "dial"
+
+    def _finish(self) -> Dialing | None:
+        owner, self._owner = self._owner, None
+        if owner is not None:
+            self._dialer.reactor.removeWriter(self)
+            self._dialer.deadlines.remove(self, self.timeout)
+        return owner
+
+
+class Dialer:
+    """
+    Opens connections to endpoints.
+
+    :param reactor: provides IReactorFDSet and IReactorTime.
+    """
+
+    def __init__(self, reactor: Any) -> None:
+        self.reactor = reactor
+        self.deadlines = Deadlines(reactor)
+
+    def dial(self, endpoint: Endpoint, timeout: float, owner: Dialing) -> Dial:
+        """
+        Begin to connect. Addresses are literals: nothing is ever looked up.
+
+        :param timeout: seconds.
+        :return: with ``connected`` set where that was done at once (the owner is not called then).
+        :raise OSError: where it failed at once.
+        """
+        family = familyOf(endpoint.address)
+        # Python would ask the resolver, and wait for it, for whatever is no address.
+        socket.inet_pton(family, endpoint.address)
+        sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        try:
+            tune(sock)
+            number = sock.connect_ex((endpoint.address, endpoint.port))
+            if number in (0, errno.EINPROGRESS):
+                # On this node the handshake is over by the time that connect() returns.
+                number = established(sock)
+            if number not in (0, errno.EINPROGRESS):
+                raise OSError(number, errno.errorcode.get(number, str(number)))
+            dial = Dial(self, sock, owner, timeout)
+            if number:
+                self.reactor.addWriter(dial)
+                self.deadlines.add(dial, timeout)
+            else:
+                dial.connected = True
+        except BaseException as error:
+            _discard(sock, error.errno if isinstance(error, OSError) else None)
+            raise
+        return dial
+
+
+def established(sock: socket.socket) -> int:
+    """
+    How a connect stands: 0 when it is done, EINPROGRESS while it is not, else why it failed.
+
+    A port of the ephemeral range where nobody listens may be given to the very socket that dials it: TCP's
+    simultaneous open (RFC 9293, 3.5) then connects it to itself. That is a refusal.
+    """
+    try:
+        peer = sock.getpeername()
+    except OSError as error:
+        if error.errno != errno.ENOTCONN:
+            return error.errno or errno.EBADF
+        return pendingError(sock) or errno.EINPROGRESS
+    return errno.ECONNREFUSED if peer == sock.getsockname() else 0
+
+
+def _discard(sock: socket.socket, number: int | None) -> None:
+    if number == errno.ECONNREFUSED:
+        # Perhaps connected to itself: a plain close would leave the port in TIME_WAIT.
+        resetClose(sock)
+    else:
+        sock.close()

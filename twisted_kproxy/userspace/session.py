@@ -1,0 +1,223 @@
+"""An accepted TCP connection: dialing an endpoint, then relaying, then closed."""
+
+from __future__ import annotations
+
+import socket
+from typing import TYPE_CHECKING, Any
+
+from twisted.internet.defer import Deferred
+from twisted.internet.error import ConnectionDone, ConnectionLost
+from twisted.internet.interfaces import IReadDescriptor
+from twisted.python.failure import Failure
+from zope.interface import implementer
+
+from ..core.values import Endpoint, Outcome
+from ..interfaces import NoEndpoint
+from .dial import Dial, reasonOf
+from .sockets import EXHAUSTED, resetClose
+
+if TYPE_CHECKING:
+    from .tcp import TcpProxier
+
+#: What is read of a client before it has an endpoint.
+_EARLY = 65536
+
+
+class AcceptedSocket:
+    """All the transport that a :class:`Session` needs: the accepted socket, non-blocking."""
+
+    __slots__ = ("socket",)
+
+    def __init__(self, sock: socket.socket, *unused: Any) -> None:
+        self.socket = sock
+
+
+@implementer(IReadDescriptor)
+class Session:
+    """
+    One accepted connection: dialing, then relaying, then closed.
+
+    While an endpoint is dialed the client is read, so that it is noticed when it goes; what it says is sent first.
+    """
+
+    __slots__ = (
+        "_attempt", "_client", "_dial", "_early", "_endpoint", "_failed", "_proxier", "_reading", "_relayed",
+        "_socket", "_started",
+    )  # fmt: skip
+
+    _socket: socket.socket
+    _endpoint: Endpoint
+
+    def __init__(self, proxier: TcpProxier, client: str) -> None:
+        self._proxier = proxier
+        self._client = client
+        self._attempt = 0
+        self._failed: tuple[Endpoint, ...] = ()
+        self._dial: Dial | None = None
+        self._relayed: Deferred[Outcome] | None = None
+        self._early = b""
+        self._reading = False
+        self._started = 0.0
+
+    def makeConnection(self, transport: AcceptedSocket) -> None:
+        """Begin. From here on the session owns the socket and the descriptors taken for it."""
+        self._socket = transport.socket
+        self._proxier.sessionBegan(self)
+        self._started = self._proxier.reactor.seconds()
+        self._advance()
+
+    def abort(self) -> None:
+        """Reset both sides."""
+        if self._relayed is not None:
+            self._relayed.cancel()
+        else:
+            self._refuse()
+
+    # --- dialing
+
+    def dialConnected(self, sock: socket.socket) -> None:
+        self._dial = None
+        try:
+            self._relay(sock)
+        except Exception:
+            self._proxier.log.failure("A connection of {pool} to {endpoint} is cut.", pool=str(self._proxier.pool),
+                                      endpoint=str(self._endpoint))  # fmt: skip
+            resetClose(sock)
+            self._refuse()
+
+    def dialFailed(self, number: int) -> None:
+        self._dial = None
+        if self._blame(number):
+            self._advance()
+
+    def _advance(self) -> None:
+        """Try endpoints until one is on its way, or all attempts are spent."""
+        proxier = self._proxier
+        try:
+            while self._attempt < len(proxier.connectTimeouts):
+                timeout = proxier.connectTimeouts[self._attempt]
+                self._attempt += 1
+                self._endpoint = proxier.balancer.nextEndpoint(proxier.pool, self._client, self._failed)
+                try:
+                    dial = proxier.dialer.dial(self._endpoint, timeout, self)
+                except OSError as error:
+                    if not self._blame(error.errno or 0):
+                        return
+                    continue
+                if dial.connected:
+                    self.dialConnected(dial.socket)
+                else:
+                    self._dial = dial
+                    self._startReading()
+                return
+        except NoEndpoint:
+            self._refuse("no-endpoint")
+        except Exception:
+            proxier.log.failure("A client of {pool} could not be served.", pool=str(proxier.pool))
+            self._refuse("error")
+        else:
+            self._refuse()
+
+    def _blame(self, number: int) -> bool:
+        """One try has failed. :return: whether another endpoint may do better."""
+        proxier = self._proxier
+        proxier.observer.failed(proxier.pool, reasonOf(number))
+        if number in EXHAUSTED:
+            # This machine's fault, not the endpoint's; another one would fail alike.
+            proxier.budget.exhausted()
+            self._refuse()
+            return False
+        self._failed += (self._endpoint,)
+        return True
+
+    def _relay(self, backend: socket.socket) -> None:
+        proxier = self._proxier
+        self._stopReading()
+        endpoint = self._endpoint
+        early, self._early = self._early, b""
+        proxier.opened += 1
+        proxier.balancer.opened(proxier.pool, endpoint)
+        proxier.observer.opened(proxier.pool, endpoint, proxier.reactor.seconds() - self._started)
+        relayed = proxier.relay.relay(self._socket, backend, early)
+        self._relayed = relayed
+        relayed.addCallback(self._relayEnded)
+        relayed.addErrback(self._unexpected)
+
+    def _relayEnded(self, outcome: Outcome) -> None:
+        proxier = self._proxier
+        proxier.sessionEnded(self)
+        try:
+            proxier.balancer.closed(proxier.pool, self._endpoint)
+            proxier.observer.closed(proxier.pool, self._endpoint, outcome)
+        finally:
+            proxier.tellDrained()
+
+    def _unexpected(self, failure: Failure) -> None:
+        self._proxier.log.failure("After a connection of {pool} had ended.", failure, pool=str(self._proxier.pool))
+
+    # --- the client meanwhile
+
+    def doRead(self) -> None:
+        try:
+            data = self._socket.recv(_EARLY - len(self._early))
+        except BlockingIOError:
+            return
+        except OSError:
+            self._clientGone()
+            return
+        if data:
+            self._early += data
+            if len(self._early) >= _EARLY:
+                self._stopReading()
+        elif self._early:
+            # It has asked and waits for the answer. The relay will find the end again and pass it on.
+            self._stopReading()
+        else:
+            self._clientGone()
+
+    def connectionLost(self, reason: Failure) -> None:
+        """The reactor has unregistered us: it saw a hang-up with nothing to read, or something raised."""
+        self._stopReading()
+        if self._dial is None:
+            return
+        if not isinstance(reason.value, (ConnectionDone, ConnectionLost)):
+            self._refuse()
+            return
+        # The socket knows better: it may have been meant for an earlier one of the same number.
+        self._startReading()
+        self.doRead()
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def logPrefix(self) -> str:
+        return "session"
+
+    def _startReading(self) -> None:
+        if not self._reading and len(self._early) < _EARLY:
+            self._reading = True
+            self._proxier.reactor.addReader(self)
+
+    def _stopReading(self) -> None:
+        if self._reading:
+            self._reading = False
+            self._proxier.reactor.removeReader(self)
+
+    def _clientGone(self) -> None:
+        self._refuse("client-gone")
+
+    def _refuse(self, reason: str = "") -> None:
+        """
+        End without an endpoint: the client sees a reset.
+
+        :param reason: for the observer, where it has not been told yet.
+        """
+        if self._dial is not None:
+            self._dial.cancel()
+            self._dial = None
+        self._stopReading()
+        resetClose(self._socket)
+        self._proxier.sessionEnded(self)
+        if reason:
+            self._proxier.observer.failed(self._proxier.pool, reason)
+        self._proxier.tellDrained()

@@ -1,0 +1,100 @@
+"""What the sockets of the userspace dataplane have in common: how they are opened, tuned, reset and read for errors."""
+
+from __future__ import annotations
+
+import errno
+import select
+import socket
+import struct
+
+from twisted.internet.error import CannotListenError
+
+from ..core.values import Family
+
+#: Of a listening TCP socket; the kernel takes the smaller of this and ``net.core.somaxconn``.
+BACKLOG = 4096
+
+#: The machine, not the other side, is short of something.
+EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+
+_FAMILIES: dict[Family, socket.AddressFamily] = {"IPv4": socket.AF_INET, "IPv6": socket.AF_INET6}
+_WILDCARDS: dict[Family, str] = {"IPv4": "0.0.0.0", "IPv6": "::"}
+
+# A side that vanished without a word is found out after 60 + 4 * 15 seconds.
+_TUNING = (
+    (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 15),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4),
+)
+_LINGER_ZERO = struct.pack("ii", 1, 0)
+
+
+def familyOf(address: str) -> socket.AddressFamily:
+    """The socket family of an address in canonical text."""
+    return socket.AF_INET6 if ":" in address else socket.AF_INET
+
+
+def wildcard(family: Family) -> str:
+    """The address that stands for every address of the family."""
+    return _WILDCARDS[family]
+
+
+def tune(sock: socket.socket) -> None:
+    """No Nagle delay; keepalive probes after 60 s of silence, 4 of them, 15 s apart."""
+    for level, option, value in _TUNING:
+        sock.setsockopt(level, option, value)
+
+
+def openListener(family: Family, port: int) -> socket.socket:
+    """
+    A listening, non-blocking TCP socket on every address of the family.
+
+    On Linux an accepted socket inherits what :func:`tune` sets, so it is set once here and never per connection.
+
+    :raise OSError: when that cannot be; nothing is left open.
+    """
+    sock = socket.socket(_FAMILIES[family], socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == "IPv6":
+            # The other family has a socket of its own, perhaps on the same port.
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        tune(sock)
+        sock.bind((_WILDCARDS[family], port))
+        sock.listen(BACKLOG)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def resetClose(sock: socket.socket) -> None:
+    """Close so that the other side sees a reset, not an end (SO_LINGER with time 0). Never raises."""
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_ZERO)
+    except OSError:
+        pass  # It is dead already.
+    sock.close()
+
+
+def pendingError(sock: socket.socket) -> int:
+    """The error number that waits on the socket; 0 for none. Reading it clears it."""
+    try:
+        return sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    except OSError as error:
+        return error.errno or errno.EBADF
+
+
+def isDead(sock: socket.socket) -> bool:
+    """Whether the kernel reports an error or a hang-up right now."""
+    poll = select.poll()
+    poll.register(sock, 0)
+    return bool(poll.poll(0))
+
+
+def errnoOf(error: Exception) -> int:
+    """The error number in what opening a socket raised; 0 where there is none."""
+    inner = error.socketError if isinstance(error, CannotListenError) else error
+    return (inner.errno or 0) if isinstance(inner, OSError) else 0
