@@ -1,0 +1,192 @@
+"""The nftables writer on a real kernel."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+from twisted.internet import reactor
+from twisted.internet.defer import Deferred
+from twisted.internet.task import deferLater
+from twisted.trial.unittest import SkipTest, TestCase
+
+from tests.shared.namespaces import Namespace, canMakeNamespaces
+from tests.shared.writers import SAMPLE, WriterTests, key, many, same, to
+from twisted_kproxy.core.rules import Delta, Ruleset, applied, deltaBetween
+from twisted_kproxy.netfilter.nftables import NftablesWriter
+from twisted_kproxy.netfilter.nftlayout import readListing
+
+FOREIGN = """
+table ip docker {
+    map published { type inet_service : ipv4_addr . inet_service; elements = { 8080 : 172.17.0.2 . 80 }; }
+    chain prerouting {
+        type nat hook prerouting priority dstnat; policy accept;
+        dnat ip to tcp dport map @published
+    }
+}
+table inet firewall {
+    set blocked { type ipv4_addr; flags interval; elements = { 198.51.100.0/24 }; }
+    chain input {
+        type filter hook input priority filter; policy accept;
+        ip saddr @blocked drop
+    }
+}
+"""
+
+
+#: Leaves as many rules as there were: only who has watched can know.
+EXCHANGED = "flush chain inet kproxy refuse" + "; add rule inet kproxy refuse accept" * 2
+
+
+class InNamespace:
+    """A mixin: writers that work in a namespace of the test's own."""
+
+    def setUp(self) -> None:
+        if not canMakeNamespaces():
+            raise SkipTest("this needs root and iproute2")
+        self.namespace = Namespace("nft")
+        self.addCleanup(self.namespace.delete)  # type: ignore[attr-defined]
+
+    def makeWriter(self, **options: Any) -> NftablesWriter:
+        writer = NftablesWriter(
+            reactor, spawnPrefix=self.namespace.prefix, openSocket=self.namespace.socket, **options
+        )
+        self.addCleanup(writer.close)  # type: ignore[attr-defined]
+        return writer
+
+
+class NftablesWriterTests(InNamespace, WriterTests, TestCase):
+    """Elements by netlink."""
+
+    netlink = True
+
+    def inForce(self) -> Ruleset | None:
+        listing = self.namespace.run("nft", "--json", "list", "table", "inet", "kproxy", check=False)
+        return readListing(json.loads(listing)) if listing else None
+
+    def makeFailingWriter(self) -> NftablesWriter:
+        def refused(*arguments: Any) -> Any:
+            raise PermissionError(1, os.strerror(1))
+
+        writer = NftablesWriter(
+            reactor,
+            # A process without the capability: the kernel itself refuses.
+            spawnPrefix=(*self.namespace.prefix, "setpriv", "--bounding-set", "-net_admin", "--inh-caps", "-net_admin"),
+            openSocket=refused,
+        )
+        self.addCleanup(writer.close)
+        return writer
+
+    async def test_ownMessagesAreTrusted(self) -> None:
+        """On this kernel our own messages pass the comparison with what nft writes."""
+        writer = await self.writerWith(SAMPLE)
+        self.assertIs(writer.usesNetlink, self.netlink)
+        await writer.apply(Delta({key("10.96.0.10", 80): None}))
+        await writer.replace(SAMPLE)
+        self.assertIs(writer.usesNetlink, self.netlink)
+
+    async def test_listingReloads(self) -> None:
+        """What nft lists of our table it can load again, and it is the same then."""
+        await self.writerWith(SAMPLE)
+        listed = self.namespace.run("nft", "list", "table", "inet", "kproxy")
+        self.namespace.run("nft", "-f", "-", stdin=f"delete table inet kproxy\n{listed}")
+        self.assertEqual(self.namespace.run("nft", "list", "table", "inet", "kproxy"), listed)
+        await self.assertInForce(SAMPLE)
+
+    async def test_stepOntoForeignChange(self) -> None:
+        """A step that does not fit what somebody else has made of our table puts all of it right."""
+        where = key("10.96.0.10", 80)
+        delta = Delta({where: None, key("10.96.0.77", 77): same(to(7777))})
+        for foreign in (
+            "delete element inet kproxy service-ips4 { 10.96.0.10 . tcp . 80 }",
+            "add element inet kproxy service-ips4 { 10.96.0.77 . tcp . 77 : 192.0.2.9 . 9 }",
+            "delete table inet kproxy",
+            "flush ruleset",
+        ):
+            writer = await self.writerWith(SAMPLE)
+            self.namespace.run("nft", "-f", "-", stdin=foreign)
+            await writer.apply(delta)
+            await self.assertInForce(applied(SAMPLE, delta))
+
+    async def test_foreignStructure(self) -> None:
+        """A chain that somebody else has emptied, or whose rules were exchanged, is put right."""
+        for foreign, watched in (
+            ("flush chain inet kproxy lead4", False),
+            ("delete chain inet kproxy guard", False),
+            ("add chain inet kproxy more", False),
+            ("add set inet kproxy more { type ipv4_addr; }", False),
+            (EXCHANGED, True),
+        ):
+            writer = await self.writerWith(SAMPLE)
+            before = self.namespace.run("nft", "list", "table", "inet", "kproxy")
+            told: Deferred[None] = Deferred()
+            writer.watch(lambda told=told: None if told.called else told.callback(None))
+            self.namespace.run("nft", "-f", "-", stdin=foreign)
+            self.assertNotEqual(self.namespace.run("nft", "list", "table", "inet", "kproxy"), before)
+            await told.addTimeout(5, reactor)
+            repairer = writer if watched else self.makeWriter()
+            self.assertIsNone(await repairer.adopt())
+            await repairer.replace(SAMPLE)
+            self.assertEqual(self.namespace.run("nft", "list", "table", "inet", "kproxy"), before)
+            writer.watch(None)
+
+    async def test_foreignElementIsNoticed(self) -> None:
+        """One element changed by somebody else is noticed; other tables' changes are not."""
+        writer = await self.writerWith(SAMPLE)
+        told: list[bool] = []
+        writer.watch(lambda: told.append(True))
+        self.plantForeign()
+        await deferLater(reactor, 0.2, lambda: None)
+        self.assertEqual(told, [])
+        self.namespace.run("nft", "delete element inet kproxy service-ips4 { 10.96.0.10 . tcp . 80 }")
+        await deferLater(reactor, 0.2, lambda: None)
+        self.assertEqual(told, [True])
+        found = await writer.adopt()
+        self.assertEqual(deltaBetween(found, SAMPLE).rules, {key("10.96.0.10", 80): same(to(40001))})
+
+    async def test_ownBulkIsNoNews(self) -> None:
+        """Thousands of changes of our own neither call back nor overflow the watch."""
+        writer = await self.writerWith(SAMPLE)
+        told: list[bool] = []
+        writer.watch(lambda: told.append(True))
+        await writer.replace(many(5000))
+        await writer.apply(deltaBetween(many(5000), many(5000, port=20000)))
+        await deferLater(reactor, 0.2, lambda: None)
+        self.assertEqual(told, [])
+        self.disturb()
+        await deferLater(reactor, 0.2, lambda: None)
+        self.assertEqual(told, [True])
+
+    async def test_closeDuringWrite(self) -> None:
+        """Closing in the middle of a big write waits for it or ends it, and leaves one state or the other."""
+        writer = await self.writerWith(SAMPLE)
+        big = many(3000)
+        writing = writer.replace(big)
+        outcome: list[Any] = []
+        writing.addBoth(outcome.append)
+        await deferLater(reactor, 0.02, lambda: None)
+        await writer.close()
+        if not outcome:
+            await writing
+        found = self.inForce()
+        self.assertIn(dict(found.rules), (dict(SAMPLE.rules), dict(big.rules)))
+
+    def disturb(self) -> None:
+        self.namespace.run("nft", "flush", "ruleset")
+
+    def plantForeign(self) -> None:
+        self.namespace.run("nft", "-f", "-", stdin=FOREIGN)
+
+    def foreign(self) -> str:
+        tables = [self.namespace.run("nft", "list", "table", *it) for it in (("ip", "docker"), ("inet", "firewall"))]
+        return "".join(tables)
+
+
+class NftablesByToolTests(NftablesWriterTests):
+    """The same where only the nft program writes."""
+
+    netlink = False
+
+    def makeWriter(self, **options: Any) -> NftablesWriter:
+        return super().makeWriter(useNetlink=False, **options)

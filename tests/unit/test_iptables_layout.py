@@ -1,0 +1,306 @@
+"""Rules as bytes of ip_tables, and rulesets as its chains."""
+
+from __future__ import annotations
+
+import random
+import struct
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from twisted.trial.unittest import SynchronousTestCase
+
+from tests.shared.writers import NODE4, NODE6, SAMPLE, key, many, same, to
+from twisted_kproxy.core.rules import Delta, Guard, Rule, Ruleset, Target, applied, deltaBetween
+from twisted_kproxy.core.values import FAMILIES, Family, FrontendKey
+from twisted_kproxy.netfilter.xtbytes import (
+    ACCEPT,
+    DROP,
+    HEAD,
+    REJECT,
+    RESET,
+    RETURN,
+    Entry,
+    UnknownBytes,
+    normalised,
+    pack,
+    parse,
+    sanitised,
+)
+from twisted_kproxy.netfilter.xtlayout import (
+    CHAINS,
+    GUARD,
+    INSIDERS,
+    JUMPS,
+    PORTALS_CONTAINER,
+    PORTALS_HOST,
+    REFUSE,
+    TABLES,
+    Content,
+    Invalid,
+    check,
+    insidersOf,
+    reconstruct,
+    render,
+    ruleEntries,
+)
+
+#: What libxtables 1.8.9 makes of ``-s 10.1.0.0/16 -d 10.0.0.1 -p tcp -m comment --comment "kproxy x" -m tcp --dport 80
+#: -j DNAT --to-destination 192.168.0.9:4000``.
+DNAT4 = (
+    "0a0100000a000001ffff0000ffffffff" + "00" * 64 + "06000000" + "00000000" + "c0011002" + "00" * 20
+    + "2001" + b"comment".hex() + "00" * 23 + b"kproxy x".hex() + "00" * 248
+    + "3000" + b"tcp".hex() + "00" * 27 + "0000ffff50005000" + "00" * 8
+    + "5000" + b"DNAT".hex() + "00" * 25 + "02" + "03000000" + "c0a80009" + "00" * 12 + "c0a80009" + "00" * 12
+    + "0fa00fa0" + "00" * 8
+)  # fmt: skip
+#: ``ip6tables -p tcp -m comment --comment "kproxy x" -m tcp --dport 80 -m conntrack ! --ctstate DNAT -j REJECT
+#: --reject-with tcp-reset``.
+GUARD6 = (
+    "00" * 128 + "0600" + "00" + "01" + "00" * 4 + "00000000" + "c002e802" + "00" * 24
+    + "2001" + b"comment".hex() + "00" * 23 + b"kproxy x".hex() + "00" * 248
+    + "3000" + b"tcp".hex() + "00" * 27 + "0000ffff50005000" + "00" * 8
+    + "c800" + b"conntrack".hex() + "00" * 20 + "03" + "00" * 146 + "010001008000" + "00" * 16
+    + "2800" + b"REJECT".hex() + "00" * 24 + "06000000" + "00000000"
+)  # fmt: skip
+
+
+def asRead(family: Family, data: bytes, verdict: int | None = None) -> bytes:
+    """As the kernel gives a rule back: with counters and marks of its own, and plain verdicts as numbers."""
+    nfcache = {"IPv4": 84, "IPv6": 136}[family]
+    at = struct.unpack_from("=H", data, nfcache + 4)[0]
+    read = bytearray(data)
+    read[nfcache : nfcache + 4] = b"\x07\0\0\0"
+    read[nfcache + 8 : nfcache + 12] = b"\x1f\0\0\0"
+    read[HEAD[family] - 16 : HEAD[family]] = struct.pack("=QQ", 17, 1234)
+    read[HEAD[family] + 2 + len(b"comment\0") + 4] = 0x7F  # what lay behind the name in the reader's memory
+    if verdict is not None:
+        read[at + 2 : at + 31] = bytes(29)
+        read[at + 32 : at + 36] = struct.pack("=i", verdict)
+    return bytes(read)
+
+
+class BytesTests(SynchronousTestCase):
+    """Packing, and what reading does to it."""
+
+    def test_dnat(self) -> None:
+        """A rule of nat is, byte for byte, what libxtables makes of it."""
+        entry = Entry("IPv4", "kproxy x", Target("192.168.0.9", 4000), "10.1.0.0/16", "10.0.0.1", "TCP", 80)
+        self.assertEqual(pack(entry).hex(), DNAT4)
+
+    def test_guard(self) -> None:
+        """So is a guard of IPv6."""
+        entry = Entry("IPv6", "kproxy x", RESET, protocol="TCP", port=80, state="!DNAT")
+        self.assertEqual(pack(entry).hex(), GUARD6)
+
+    def test_sizes(self) -> None:
+        """Offsets and sizes are consistent and aligned, whatever the shape."""
+        for family in FAMILIES:
+            for data in allBytes(SAMPLE, family):
+                at, end = struct.unpack_from("=HH", data, {"IPv4": 88, "IPv6": 140}[family])
+                self.assertEqual(end, len(data))
+                self.assertEqual(end % 8, 0)
+                position = HEAD[family]
+                while position < at:
+                    position += struct.unpack_from("=H", data, position)[0]
+                self.assertEqual(position, at)
+                self.assertEqual(struct.unpack_from("=H", data, at)[0], end - at)
+
+    def test_backAndForth(self) -> None:
+        """What is parsed is what was packed."""
+        for family in FAMILIES:
+            for data in allBytes(SAMPLE, family):
+                self.assertEqual(pack(parse(family, data)), data)
+
+    def test_normalised(self) -> None:
+        """Counters, the kernel's own marks and the reader's garbage make no difference; a verdict is one by name."""
+        for family in FAMILIES:
+            for target, verdict in ((RETURN, -5), (DROP, -1), (ACCEPT, -2), (REJECT, None), (Target(NODE4, 1), None)):
+                if isinstance(target, Target) and family == "IPv6":
+                    target = Target(NODE6, 1)
+                data = pack(Entry(family, "kproxy y", target, protocol="UDP", port=53))
+                self.assertEqual(normalised(family, asRead(family, data, verdict)), data)
+
+    def test_jump(self) -> None:
+        """A jump is read by the chain that it leads to."""
+        data = pack(JUMPS[0].entry("IPv4"))
+        self.assertEqual(normalised("IPv4", asRead("IPv4", data, 4711), PORTALS_CONTAINER), data)
+        self.assertRaises(UnknownBytes, normalised, "IPv4", asRead("IPv4", data, 4711))
+
+    def test_notARule(self) -> None:
+        """Whatever bytes there are, they are read or refused; nothing else happens."""
+        draw = random.Random(1)
+        whole = pack(Entry("IPv4", "kproxy x", Target(NODE4, 4000), "", "10.0.0.1", "TCP", 80))
+        for n in range(3000):
+            data = bytearray(whole[: draw.randrange(len(whole) + 1)] if n % 3 == 0 else whole)
+            for _ in range(draw.randrange(1, 6)):
+                if data:
+                    data[draw.randrange(len(data))] = draw.randrange(256)
+            try:
+                parse("IPv4", normalised("IPv4", bytes(data)))
+            except UnknownBytes:
+                pass
+
+    def test_comments(self) -> None:
+        """Nothing in a comment can end a line, a word or a rule."""
+        self.assertEqual(sanitised("a\"b\n-A x'\\;$(c)é"), "a_b_-A x___$(c)_".replace("$", "_"))
+        self.assertEqual(len(sanitised("x" * 1000)), 240)
+        self.assertEqual(sanitised("kproxy [fd00::1]:80/TCP"), "kproxy [fd00::1]:80/TCP")
+
+
+def allBytes(ruleset: Ruleset, family: Family) -> list[bytes]:
+    content = render(ruleset, family)
+    return [data for table in TABLES for chain in content.of(table).values() for data in chain]
+
+
+def both(ruleset: Ruleset) -> Ruleset:
+    """Rendered and read back, family by family."""
+    rules: dict[FrontendKey, Rule] = {}
+    guards: set[Guard] = set()
+    for family in FAMILIES:
+        found = reconstruct(family, render(ruleset, family))
+        rules.update(found.rules)
+        guards.update(found.guards)
+    return Ruleset(rules, frozenset(guards), found.insiders)
+
+
+_verdicts = st.sampled_from(["reject", "drop", to(1), to(2)])
+_rules = st.builds(Rule, _verdicts, _verdicts)
+_keys = st.builds(
+    FrontendKey,
+    st.just("IPv4"),
+    st.sampled_from(["TCP", "UDP", "SCTP"]),
+    st.sampled_from(["", "10.96.0.1", "10.96.0.2", NODE4]),
+    st.sampled_from([1, 80, 65535]),
+)
+_guards = st.builds(
+    Guard, st.just("IPv4"), st.sampled_from(["TCP", "UDP", "SCTP"]), st.integers(min_value=1, max_value=65535)
+)
+_insiders = st.sampled_from(
+    [(), ("10.0.0.0/8",), ("0.0.0.0/0",), ("fd00::/8", "10.1.0.0/16", "10.0.0.0/16"), ("::/0",)]
+)
+
+
+class LayoutTests(SynchronousTestCase):
+    """Chains from rulesets, and rulesets from chains."""
+
+    def test_names(self) -> None:
+        """Names of chains are no longer than the kernel takes."""
+        for chains in CHAINS.values():
+            for chain in chains:
+                self.assertLessEqual(len(chain), 28)
+
+    def test_sample(self) -> None:
+        """One of everything comes back."""
+        self.assertEqual(deltaBetween(SAMPLE, both(SAMPLE)), Delta())
+        self.assertEqual(both(many(500)), many(500))
+
+    @given(
+        st.dictionaries(_keys, _rules, max_size=6), st.frozensets(_guards, max_size=3), _insiders, st.randoms()
+    )  # fmt: skip
+    @settings(deadline=None, max_examples=150)
+    def test_anyRuleset(
+        self, rules: dict[FrontendKey, Rule], guards: frozenset[Guard], insiders: tuple[str, ...], draw: random.Random
+    ) -> None:
+        """Any ruleset comes back, in whatever order its frontends were written."""
+        ruleset = Ruleset(rules, guards, insiders)
+        order = list(rules.items())
+        draw.shuffle(order)
+        shuffled = Ruleset(dict(order), guards, insiders)
+        self.assertEqual(reconstruct("IPv4", render(shuffled, "IPv4")), ruleset)
+
+    def test_damage(self) -> None:
+        """Whichever one rule is missing, doubled or moved to another chain: the rest is not taken for a ruleset."""
+        for family in FAMILIES:
+            whole = render(SAMPLE, family)
+            for table in TABLES:
+                for chain, entries in whole.of(table).items():
+                    for index in range(len(entries)):
+                        damaged = copied(whole)
+                        del damaged.of(table)[chain][index]
+                        self.assertNotSample(family, damaged)
+                        damaged = copied(whole)
+                        damaged.of(table)[chain].append(entries[index])
+                        self.assertNotSample(family, damaged)
+
+    def assertNotSample(self, family: Family, content: Content) -> None:
+        """Some damage gives another ruleset, which a comparison then finds."""
+        try:
+            found = reconstruct(family, content)
+        except UnknownBytes:
+            return
+        rules = {it: rule for it, rule in SAMPLE.rules.items() if it.family == family}
+        guards = frozenset(guard for guard in SAMPLE.guards if guard.family == family)
+        self.assertNotEqual(found, Ruleset(rules, guards, SAMPLE.insiders))
+
+    def test_unreachable(self) -> None:
+        """A rule behind the one that takes everybody is not taken for an insider's."""
+        rule = Rule(to(1), to(2))
+        content = render(Ruleset({key("10.96.0.1", 80): rule}, insiders=("10.0.0.0/8",)), "IPv4")
+        content.nat[PORTALS_CONTAINER].reverse()
+        self.assertRaises(UnknownBytes, reconstruct, "IPv4", content)
+        content = render(Ruleset({key("10.96.0.1", 80): Rule("drop", "reject")}, insiders=("10.0.0.0/8",)), "IPv4")
+        content.filter[REFUSE].reverse()
+        self.assertRaises(UnknownBytes, reconstruct, "IPv4", content)
+
+    def test_refusedHasNoNat(self) -> None:
+        """Who is refused is never led anywhere."""
+        rules = {key("10.96.0.1", 80): same("reject"), key("", 30000): same("drop")}
+        content = render(Ruleset(rules, insiders=("10.0.0.0/8",)), "IPv4")
+        self.assertEqual({chain for chain, entries in content.nat.items() if entries}, {INSIDERS})
+        self.assertEqual(len(content.filter[REFUSE]), 2)
+
+    def test_insideFirst(self) -> None:
+        """Insiders' rules come before the one for everybody; the node's own have a chain of their own."""
+        own = insidersOf("IPv4", ("10.1.0.0/16", "fd00::/8", "10.2.0.0/16"))
+        entries = list(ruleEntries(key("203.0.113.5", 80), Rule(to(1), to(2)), own))
+        self.assertEqual(
+            [(chain, entry.source, entry.target) for _, chain, entry in entries],
+            [
+                (PORTALS_CONTAINER, "10.1.0.0/16", to(2)),
+                (PORTALS_CONTAINER, "10.2.0.0/16", to(2)),
+                (PORTALS_CONTAINER, "", to(1)),
+                (PORTALS_HOST, "", to(2)),
+            ],
+        )
+
+    def test_guardBeforeAccept(self) -> None:
+        """A guard refuses what no rule led there."""
+        content = render(Ruleset(guards=frozenset({Guard("IPv4", "UDP", 4000)})), "IPv4")
+        first, second = (parse("IPv4", data) for data in content.filter[GUARD])
+        self.assertEqual((first.state, first.target, first.port), ("!DNAT", REJECT, 4000))
+        self.assertEqual((second.state, second.target, second.port), ("DNAT", ACCEPT, 4000))
+
+    def test_everybodyIsInside(self) -> None:
+        """A pod network of everything is still a condition that can be told from none."""
+        self.assertEqual(insidersOf("IPv4", ("0.0.0.0/0",)), ("0.0.0.0/1", "128.0.0.0/1"))
+        self.assertEqual(insidersOf("IPv6", ("::/0",)), ("::/1", "8000::/1"))
+
+    def test_check(self) -> None:
+        """What the kernel could not take is refused by name."""
+        check(SAMPLE)
+        bad: list[tuple[str, Ruleset]] = [
+            ("10.96.0.1:80/TCP", Ruleset({key("10.96.0.1", 80): same(to(0))})),
+            ("10.96.0.1:80/TCP", Ruleset({key("10.96.0.1", 80): same(to(1, "0.0.0.0"))})),
+            ("10.96.0.1:80/TCP", Ruleset({key("10.96.0.1", 80): Rule("drop", to(1, NODE6))})),
+            ("10.96.0.1:80/TCP", Ruleset({key("10.96.0.1", 80): same("accept")})),  # type: ignore[arg-type]
+            ("must be written", Ruleset({key("fd00::0:1", 80): same("drop")})),
+            ("010.96.0.1", Ruleset({key("010.96.0.1", 80): same("drop")})),
+            ("a\0b", Ruleset({key("a\0b", 80): same("drop")})),
+            ("10.0.0.1/8", Ruleset(insiders=("10.0.0.1/8",))),
+            ("guard", Ruleset(guards=frozenset({Guard("IPv4", "TCP", 65536)}))),
+        ]
+        for word, ruleset in bad:
+            error = self.assertRaises(Invalid, check, ruleset)
+            self.assertIn(word, str(error))
+
+    def test_steps(self) -> None:
+        """A ruleset after a step is rendered as one that was always so."""
+        step = Delta({key("10.96.0.10", 80): None, key("10.96.0.99", 80): same(to(1))})
+        self.assertEqual(both(applied(SAMPLE, step)), applied(SAMPLE, step))
+
+
+def copied(content: Content) -> Content:
+    return Content(
+        {chain: list(entries) for chain, entries in content.nat.items()},
+        {chain: list(entries) for chain, entries in content.filter.items()},
+    )

@@ -1,0 +1,117 @@
+"""From service ports to rules: pure functions, and the cache that makes an unchanged service port cost nothing."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterable, Mapping
+
+from msgspec import Struct
+
+from ..core.rules import Guard, Rule, Target, Verdict
+from ..core.values import FrontendKey, PoolKind, ServicePort, ServicePortName
+from ..interfaces import KproxyError
+
+
+class CannotRender(KproxyError):
+    """A service port that the rule plane has no rules for; the text names it."""
+
+
+class Fragment(Struct, frozen=True):
+    """
+    What one service port adds to the ruleset.
+
+    :ivar port: the service port that it was made from; the very object, so that a comparison with ``is`` tells
+        whether the fragment is still good.
+    """
+
+    port: ServicePort
+    rules: tuple[tuple[FrontendKey, Rule], ...]
+    guards: frozenset[Guard]
+
+
+def canonicalNetworks(networks: Iterable[str]) -> tuple[str, ...]:
+    """
+    CIDRs in the one form in which equal sets of addresses are equal: host bits cleared, overlapping and adjacent
+    ones joined, IPv4 first, sorted.
+
+    :raise ValueError: naming what is no network.
+    """
+    four: list[ipaddress.IPv4Network] = []
+    six: list[ipaddress.IPv6Network] = []
+    for text in networks:
+        network = ipaddress.ip_network(text.strip(), strict=False)
+        if isinstance(network, ipaddress.IPv4Network):
+            four.append(network)
+        else:
+            six.append(network)
+    return (
+        *(str(it) for it in ipaddress.collapse_addresses(four)),
+        *(str(it) for it in ipaddress.collapse_addresses(six)),
+    )
+
+
+def verdict(port: ServicePort, kind: PoolKind) -> Verdict:
+    """
+    What a pool comes to. One that is empty refuses when no endpoint exists anywhere; when endpoints exist that this
+    pool may not use, packets are dropped, so that the client tries again and elsewhere (as ``pkg/proxy`` of
+    Kubernetes does under the Local policies).
+
+    :raise CannotRender: where the pool is not just one socket of this node.
+    """
+    pool = port.pool(kind)
+    if not pool:
+        return "drop" if port.reachable else "reject"
+    if len(pool) > 1 or not pool[0].isSocket:
+        raise CannotRender(
+            f"{port.name}: the {kind} pool has {len(pool)} endpoints, the first of which is {pool[0]}; rules can lead"
+            " to one socket of this node only. Use mode = userspace"
+        )
+    return Target(pool[0].address, pool[0].port)
+
+
+def fragment(port: ServicePort) -> Fragment:
+    """
+    The rules and guards of one service port.
+
+    :raise CannotRender: see :func:`verdict`.
+    """
+    verdicts: dict[PoolKind, Verdict] = {kind: verdict(port, kind) for kind in port.poolKinds()}
+    rules = tuple(
+        (port.key(frontend), Rule(outside=verdicts[frontend.pool], inside=verdicts[frontend.insidePool]))
+        for frontend in port.frontends
+    )
+    guards = frozenset(
+        Guard(port.name.family, port.name.protocol, endpoint.port)
+        for kind in port.poolKinds()
+        for endpoint in port.pool(kind)
+        if endpoint.isSocket
+    )
+    return Fragment(port, rules, guards)
+
+
+class Fragments:
+    """One fragment per service port, made once per object."""
+
+    def __init__(self) -> None:
+        self._fragments: dict[ServicePortName, Fragment] = {}
+        self.made = 0  #: how many were rendered, ever
+
+    def __len__(self) -> int:
+        return len(self._fragments)
+
+    def of(self, port: ServicePort) -> Fragment:
+        """The fragment of a service port, rendered when it is not the object that was seen last under its name."""
+        known = self._fragments.get(port.name)
+        if known is None or known.port is not port:
+            known = self._fragments[port.name] = fragment(port)
+            self.made += 1
+        return known
+
+    def last(self, name: ServicePortName) -> Fragment | None:
+        """What was rendered last under a name."""
+        return self._fragments.get(name)
+
+    def keepOnly(self, ports: Mapping[ServicePortName, ServicePort]) -> None:
+        """Forget the names that are not among these."""
+        if len(self._fragments) > len(ports):
+            self._fragments = {name: it for name, it in self._fragments.items() if name in ports}
