@@ -1,0 +1,450 @@
+"""The command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import yaml
+from twisted.application.service import Application, MultiService
+from twisted.internet.defer import Deferred, fail, succeed
+from twisted.internet.selectreactor import SelectReactor
+from twisted.internet.task import Clock
+from twisted.internet.testing import StringTransport
+from twisted.logger import ILogObserver
+from twisted.python.reflect import namedAny
+from twisted.python.usage import UsageError
+from twisted.trial.unittest import SynchronousTestCase
+from twisted.web.resource import Resource
+from twisted.web.server import Site
+
+from tests.shared.sources import manifest
+from twisted_kproxy import __version__, logs, tap
+from twisted_kproxy.config import Config
+from twisted_kproxy.interfaces import KproxyError, NotAvailable
+
+GOOD = "[source:local]\ntype = files\npath = services.d\n"
+ETC = Path(__file__).parents[2] / "etc"
+TWISTD = os.path.join(os.path.dirname(sys.executable), "twistd")
+
+
+class TapCase(SynchronousTestCase):
+    """A folder with a configuration, and what is printed."""
+
+    def setUp(self) -> None:
+        self.folder = os.path.abspath(self.mktemp())
+        os.makedirs(os.path.join(self.folder, "services.d"))
+        self.path = os.path.join(self.folder, "kproxy.ini")
+        self.out = StringIO()
+        self.err = StringIO()
+        self.write(GOOD)
+
+    def write(self, text: str) -> None:
+        with open(self.path, "w") as file:
+            file.write(text)
+
+    def capture(self) -> None:
+        self.patch(sys, "stdout", self.out)
+        self.patch(sys, "stderr", self.err)
+
+    def parse(self, *args: str) -> tap.Options:
+        self.capture()
+        options = tap.Options()
+        options.parseOptions(list(args))
+        return options
+
+    def exits(self, *args: str) -> int:
+        """The exit status with which these options leave at once."""
+        return int(self.assertRaises(SystemExit, self.parse, *args).code)  # type: ignore[attr-defined]
+
+
+class OptionsTests(TapCase):
+    """What the options do without twistd around them."""
+
+    def test_version(self) -> None:
+        """--version tells kproxy's, not Twisted's."""
+        self.assertEqual(self.exits("--version"), 0)
+        self.assertEqual(self.out.getvalue(), f"kproxy {__version__}\n")
+
+    def test_loaded(self) -> None:
+        """A good configuration is at hand once the options are parsed."""
+        loaded = self.parse("--config", self.path).loaded
+        assert loaded is not None
+        self.assertEqual((loaded.path, len(loaded.sources)), (self.path, 1))
+        self.assertEqual(self.out.getvalue() + self.err.getvalue(), "")
+
+    def test_faults(self) -> None:
+        """Each fault is a line on standard error, and the exit status is 1."""
+        self.write("[kproxy]\nmode = x\n[nothing]\n")
+        self.assertEqual(self.exits("--config", self.path), 1)
+        lines = self.err.getvalue().splitlines()
+        self.assertEqual(len(lines), 3)
+        self.assertTrue(all(line.startswith(self.path) for line in lines))
+        self.assertEqual(self.out.getvalue(), "")
+
+    def test_check(self) -> None:
+        """--check shows what is in force on standard output, as ini text that is good itself."""
+        self.assertEqual(self.exits("--check", "--config", self.path), 0)
+        self.assertEqual(self.err.getvalue(), "")
+        shown = self.out.getvalue()
+        self.assertIn("[userspace]\nconnect-timeouts = 250ms 500ms 1s 2s\n", shown)
+        self.write(shown)
+        self.parse("--config", self.path)
+
+    def test_checkFiles(self) -> None:
+        """--check also judges what the configuration names."""
+        with open(os.path.join(self.folder, "services.d", "a.yaml"), "w") as file:
+            file.write("a: 1\nb: [\n")
+        self.write(f"{GOOD}[source:c]\ntype = api\nkubeconfig = nowhere\n")
+        self.assertEqual(self.exits("--check", "--config", self.path), 1)
+        faults = self.err.getvalue().splitlines()
+        self.assertEqual(len(faults), 2)
+        self.assertIn("services.d/a.yaml:3: is no YAML", faults[0])
+        self.assertIn("kubeconfig = ", faults[1])
+        self.assertIn("[rules]", self.out.getvalue())
+
+    def test_pluginsAreKnown(self) -> None:
+        """The names that installed plug-ins offer can be chosen."""
+        self.write(f"{GOOD}[rules]\nwriter = memory\n")
+        loaded = self.parse("--config", self.path).loaded
+        assert loaded is not None
+        self.assertEqual(loaded.writer, "memory")
+
+    def test_exclusive(self) -> None:
+        """--check and --cleanup together are refused."""
+        self.assertRaises(UsageError, self.parse, "--check", "--cleanup")
+
+
+class ShippedTests(TapCase):
+    """The files in etc."""
+
+    def unit(self) -> dict[str, list[str]]:
+        """The settings of the systemd unit."""
+        said: dict[str, list[str]] = {}
+        for line in (ETC / "kproxy.service").read_text("utf-8").splitlines():
+            key, equals, value = line.partition("=")
+            if equals and not line.startswith("#"):
+                said.setdefault(key, []).append(value)
+        return said
+
+    def test_unitStarts(self) -> None:
+        """What the unit starts is a command line that twistd understands."""
+        unit = self.unit()
+        (command,) = unit["ExecStart"]
+        program, *args = command.split()
+        self.assertEqual(os.path.basename(program), "twistd")
+        at = args.index("kproxy")
+        self.assertIs(namedAny(dict(arg.split("=", 1) for arg in args[:at] if "=" in arg)["--logger"]), logs.journal)
+        self.assertEqual(args[at + 1 :], ["--config", tap.DEFAULT_CONFIG])
+        self.parse("--config", str(ETC / "kproxy.ini"))
+
+    def test_unitLetsDrain(self) -> None:
+        """systemd waits for longer than connections are drained by default."""
+        (seconds,) = self.unit()["TimeoutStopSec"]
+        self.assertGreater(float(seconds), Config("x").drainTimeout)
+
+    def test_unitPrivileges(self) -> None:
+        """The unit gives up everything but two capabilities, and keeps what the proxy needs."""
+        unit = self.unit()
+        for key in ("AmbientCapabilities", "CapabilityBoundingSet"):
+            self.assertEqual(unit[key], ["CAP_NET_ADMIN CAP_NET_BIND_SERVICE"])
+        for key, value in (
+            ("Type", "notify"),
+            ("NoNewPrivileges", "yes"),
+            ("ProtectSystem", "strict"),
+            ("ProtectHome", "yes"),
+            ("PrivateTmp", "yes"),
+            ("RestrictAddressFamilies", "AF_INET AF_INET6 AF_UNIX AF_NETLINK"),
+            ("SystemCallFilter", "@system-service"),
+            ("LimitNOFILE", "65536"),
+            ("OOMScoreAdjust", "-999"),
+            ("Restart", "always"),
+            ("RestartSec", "500ms"),
+            ("WatchdogSec", "30"),
+        ):
+            self.assertEqual(unit[key], [value])
+        self.assertNotIn("root", unit.get("User", []))
+
+    def test_accessRights(self) -> None:
+        """The cluster role holds what kproxy reads, and events; the binding gives it to the account."""
+        account, role, binding = yaml.safe_load_all((ETC / "rbac.yaml").read_text("utf-8"))
+        rights = {
+            (group, resource, verb)
+            for rule in role["rules"]
+            for group in rule["apiGroups"]
+            for resource in rule["resources"]
+            for verb in rule["verbs"]
+        }
+        self.assertEqual(
+            rights,
+            {
+                *(("", "services", verb) for verb in ("list", "watch")),
+                *(("discovery.k8s.io", "endpointslices", verb) for verb in ("list", "watch")),
+                *(("", "nodes", verb) for verb in ("get", "list", "watch")),
+                *((group, "events", verb) for group in ("", "events.k8s.io") for verb in ("create", "patch")),
+            },
+        )
+        self.assertEqual(binding["roleRef"]["name"], role["metadata"]["name"])
+        (subject,) = binding["subjects"]
+        meta = account["metadata"]
+        self.assertEqual((subject["name"], subject["namespace"]), (meta["name"], meta["namespace"]))
+
+
+class FakeReactor:
+    """Runs what it is told to run when it runs."""
+
+    def __init__(self) -> None:
+        self.seconds = time.monotonic
+        self.running = False
+        self.hooks: list[Any] = []
+
+    def callWhenRunning(self, function: Any) -> None:
+        self.hooks.append(function)
+
+    def run(self) -> None:
+        self.running = True
+        for hook in self.hooks:
+            hook()
+
+    def stop(self) -> None:
+        self.running = False
+
+    def getDelayedCalls(self) -> list[Any]:
+        return []
+
+
+class CleanupTests(TapCase):
+    """Removing what is left in the kernel."""
+
+    def cleanup(self, result: Deferred[list[str]], mayWrite: bool = True) -> int:
+        self.capture()
+        reactor = FakeReactor()
+        code = tap.runCleanup(reactor, lambda it: result, mayWrite)
+        self.stopped = not reactor.running
+        return code
+
+    def test_removed(self) -> None:
+        """What was removed is printed, and the reactor runs no longer than that."""
+        self.assertEqual(self.cleanup(succeed(["nftables: rules removed", "none: nothing to remove"])), 0)
+        self.assertEqual(self.out.getvalue(), "nftables: rules removed\nnone: nothing to remove\n")
+        self.assertTrue(self.stopped)
+
+    def test_nothing(self) -> None:
+        """That there was nothing is said, and no failure."""
+        self.assertEqual(self.cleanup(succeed([])), 0)
+        self.assertIn("nothing of kproxy", self.out.getvalue())
+
+    def test_failed(self) -> None:
+        """What went wrong is told in a line, without traceback."""
+        self.assertEqual(self.cleanup(fail(NotAvailable("nft is not installed"))), 1)
+        self.assertEqual(self.err.getvalue(), "kproxy: cleanup failed: nft is not installed\n")
+        self.assertTrue(self.stopped)
+
+    def test_crashed(self) -> None:
+        """An error that nobody foresaw is told with its type."""
+        self.assertEqual(self.cleanup(fail(RuntimeError("odd"))), 1)
+        self.assertEqual(self.err.getvalue(), "kproxy: cleanup failed: RuntimeError: odd\n")
+
+    def test_interrupted(self) -> None:
+        """A cleanup that was interrupted has not succeeded."""
+        self.assertEqual(self.cleanup(Deferred()), 1)
+        self.assertIn("interrupted", self.err.getvalue())
+
+    def test_notAllowed(self) -> None:
+        """Who may not write rules is told so before anything is tried."""
+        self.assertEqual(self.cleanup(fail(AssertionError("must not be asked")).addErrback(lambda _: []), False), 1)
+        self.assertIn("needs root, or the capability CAP_NET_ADMIN", self.err.getvalue())
+
+
+class ClockTests(SynchronousTestCase):
+    """The time by which timers run."""
+
+    def makeReactor(self) -> SelectReactor:
+        reactor = SelectReactor()
+        for reader in reactor.removeAll():
+            self.addCleanup(reader.connectionLost, None)
+        return reactor
+
+    def test_monotonic(self) -> None:
+        """The reactor goes by the monotonic clock, and what was scheduled before is due as it was."""
+        reactor = self.makeReactor()
+        fired: list[str] = []
+        soon = reactor.callLater(0.0, fired.append, "soon")
+        later = reactor.callLater(10.0, fired.append, "later")
+        tap.useMonotonicClock(reactor)
+        self.assertIs(reactor.seconds, time.monotonic)
+        self.assertAlmostEqual(later.getTime() - time.monotonic(), 10.0, 1)
+        after = reactor.callLater(20.0, fired.append, "after")
+        self.assertAlmostEqual(after.getTime() - later.getTime(), 10.0, 1)
+        reactor.runUntilCurrent()
+        self.assertEqual(fired, ["soon"])
+        self.assertFalse(soon.active())
+        later.reset(0.0)
+        reactor.runUntilCurrent()
+        self.assertEqual(fired, ["soon", "later"])
+        after.cancel()
+
+    def test_twice(self) -> None:
+        """Doing it twice moves nothing."""
+        reactor = self.makeReactor()
+        tap.useMonotonicClock(reactor)
+        call = reactor.callLater(10.0, list)
+        due = call.getTime()
+        tap.useMonotonicClock(reactor)
+        self.assertEqual(call.getTime(), due)
+        call.cancel()
+
+    def test_dateOfAnswers(self) -> None:
+        """The Date of an HTTP answer is the time of day, whatever clock the reactor goes by."""
+        clock = Clock()
+        clock.advance(5)
+        page = Resource()
+        page.putChild(b"", type("Page", (Resource,), {"render_GET": lambda self, request: b"x"})())
+        site = Site(page, reactor=clock)
+        site.startFactory()
+        self.addCleanup(site.stopFactory)
+        protocol = site.buildProtocol(None)
+        transport = StringTransport()
+        protocol.makeConnection(transport)
+        protocol.dataReceived(b"GET / HTTP/1.0\r\n\r\n")
+        (date,) = (line for line in transport.value().split(b"\r\n") if line.lower().startswith(b"date:"))
+        self.assertNotIn(b"1970", date)
+
+
+class ServiceTests(TapCase):
+    """From the options to a service."""
+
+    def make(self, text: str = GOOD, twistd: dict[str, Any] | None = None) -> tuple[Any, Config]:
+        self.write(text)
+        options = self.parse("--config", self.path)
+        options.parent = twistd  # type: ignore[assignment]
+        made: list[Config] = []
+        self.clocks: list[Any] = []
+
+        def makeProxyServer(reactor: Any, config: Config) -> MultiService:
+            self.assertEqual(len(self.clocks), 1, "the clock comes first")
+            made.append(config)
+            return MultiService()
+
+        from twisted_kproxy import server
+
+        self.patch(server, "makeProxyServer", makeProxyServer)
+        self.patch(tap, "useMonotonicClock", self.clocks.append)
+        self.addCleanup(logs.useJournalFormat, "text")
+        return tap.makeService(options), made[0]
+
+    def observer(self, service: Any) -> Any:
+        application = Application("kproxy")
+        service.setServiceParent(application)
+        return application.getComponent(ILogObserver, None)
+
+    def logged(self, observer: Any) -> str:
+        before = len(self.out.getvalue())
+        observer({"log_format": "said Bearer abcdef", "log_time": 0.0, "log_level": None, "log_namespace": "n"})
+        return self.out.getvalue()[before:]
+
+    def test_service(self) -> None:
+        """The service holds the server, made from the configuration; it is not running yet."""
+        service, config = self.make()
+        self.assertEqual(config.path, self.path)
+        self.assertEqual(len(list(service)), 1)
+        self.assertFalse(service.running)
+
+    def test_text(self) -> None:
+        """In the foreground, logs are Twisted's text on standard output, without secrets."""
+        service, _ = self.make(twistd={"nodaemon": 1})
+        text = self.logged(self.observer(service))
+        self.assertIn("said Bearer ***", text)
+        self.assertIn("[n#", text)
+
+    def test_json(self) -> None:
+        """log-format = json makes each line an object."""
+        service, _ = self.make(f"{GOOD}[kproxy]\nlog-format = json\n", {"nodaemon": 1})
+        self.assertEqual(json.loads(self.logged(self.observer(service)))["message"], "said Bearer ***")
+
+    def test_logfile(self) -> None:
+        """twistd's --logfile is where they go."""
+        path = os.path.join(self.folder, "log")
+        service, _ = self.make(f"{GOOD}[kproxy]\nlog-format = json\n", {"nodaemon": 1, "logfile": path})
+        self.assertEqual(self.logged(self.observer(service)), "")
+        with open(path) as file:
+            self.assertEqual(json.loads(file.read())["namespace"], "n")
+
+    def test_chosenLogger(self) -> None:
+        """twistd's --logger has the last word; that for the journal follows log-format."""
+        service, _ = self.make(f"{GOOD}[kproxy]\nlog-format = json\n", {"logger": logs.journal})
+        self.assertIsNone(self.observer(service))
+        json.loads(self.logged(logs.journal()))
+
+    def test_unavailable(self) -> None:
+        """A server that cannot be made is a line on standard error and exit status 1."""
+        options = self.parse("--config", self.path)
+        from twisted_kproxy import server
+
+        def makeProxyServer(reactor: Any, config: Config) -> None:
+            raise KproxyError("no such thing here; install it")
+
+        self.patch(server, "makeProxyServer", makeProxyServer)
+        self.patch(tap, "useMonotonicClock", lambda reactor: None)
+        error = self.assertRaises(SystemExit, tap.makeService, options)
+        self.assertEqual(error.code, 1)  # type: ignore[attr-defined]
+        self.assertEqual(self.err.getvalue(), "kproxy: no such thing here; install it\n")
+
+
+class TwistdTests(TapCase):
+    """The real thing."""
+
+    def twistd(self, *args: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [TWISTD, *args], cwd=self.folder, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL
+        )
+
+    def test_check(self) -> None:
+        """twistd kproxy --check ends with 0, in the foreground, and leaves nothing behind."""
+        done = self.twistd("kproxy", "--check", "--config", "kproxy.ini")
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        self.assertIn(f"path = {self.folder}/services.d\n", done.stdout)
+        self.assertEqual(sorted(os.listdir(self.folder)), ["kproxy.ini", "services.d"])
+
+    def test_faults(self) -> None:
+        """A bad configuration ends a run with 1 before anything starts, and with nothing but the faults."""
+        self.write("[kproxy]\nmode = nftables\n")
+        done = self.twistd("-n", "kproxy", "--config", "kproxy.ini")
+        self.assertEqual((done.returncode, done.stdout), (1, ""))
+        self.assertEqual(
+            done.stderr,
+            f"{self.path}:2: [kproxy] mode = nftables: is not built yet; use userspace\n"
+            f"{self.path}: no source of services: add one, such as [source:local] with type = files and "
+            "path = services.d\n",
+        )
+        self.assertEqual(sorted(os.listdir(self.folder)), ["kproxy.ini", "services.d"])
+
+    def test_run(self) -> None:
+        """It runs in the foreground with the journal's logger, tells when it is in force, and ends on SIGTERM."""
+        nobody = "[health]\nbind =\n[metrics]\nbind =\n"
+        self.write(f"{GOOD}[kproxy]\nlog-format = json\n[rules]\nwriter = none\n{nobody}")
+        with open(os.path.join(self.folder, "services.d", "web.json"), "w") as file:
+            json.dump(manifest("web"), file)
+        args = [TWISTD, "-n", "--pidfile=", "--logger=twisted_kproxy.logs.journal", "kproxy", "--config", "kproxy.ini"]
+        with subprocess.Popen(args, cwd=self.folder, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            try:
+                said = []
+                for line in process.stdout:
+                    said.append(json.loads(line)["message"])
+                    if said[-1].startswith("Applied 1 changed"):
+                        process.send_signal(signal.SIGTERM)
+                self.assertIn(process.wait(30), (0, -signal.SIGTERM), said)
+            finally:
+                if process.poll() is None:
+                    process.kill()
+        self.assertTrue(any(line.startswith("Applied 1 changed") for line in said), said)
+        self.assertEqual(said[-1], "Server Shut Down.")
+        self.assertEqual(sorted(os.listdir(self.folder)), ["kproxy.ini", "services.d"])

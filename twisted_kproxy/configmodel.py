@@ -1,0 +1,153 @@
+"""What a configuration holds, as frozen values, and which key of which section of the ini file fills it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Literal, TypeAlias
+
+from msgspec import Struct
+
+from .configvalues import (
+    BIND,
+    CIDRS,
+    DURATION,
+    DURATIONS,
+    NODE_NAME,
+    PORT_RANGE,
+    POSITIVE_DURATION,
+    PROXY_NAME,
+    SERVER,
+    SWITCH,
+    HostPort,
+    Value,
+    oneOf,
+)
+from .interfaces import KproxyError
+
+_NOT_BUILT = dict.fromkeys(("nftables", "iptables"), "is not built yet; use userspace")
+_NO_WRITER = {"iptables": "is not built yet; use python-iptables or auto"}
+WRITERS = ("auto", "nftables", "python-iptables", "none")
+POLICIES = ("round-robin", "random", "least-connections")
+SOURCE_TYPES = ("api", "files")
+
+
+class InvalidConfig(KproxyError):
+    """
+    The ini file says what cannot be.
+
+    :ivar faults: one line each, in the order of the file.
+    """
+
+    def __init__(self, faults: Iterable[str]) -> None:
+        self.faults = list(faults)
+        super().__init__("\n".join(self.faults))
+
+
+class ApiOptions(Struct, frozen=True):
+    """``[source:NAME]`` with ``type = api``. Exactly one of kubeconfig, in-cluster and server is given."""
+
+    name: str
+    kubeconfig: str = ""
+    inCluster: bool = False
+    server: str = ""
+    tokenFile: str = ""
+    caFile: str = ""
+    clientCertificate: str = ""
+    clientKey: str = ""
+    type: Literal["api"] = "api"
+
+
+class FilesOptions(Struct, frozen=True):
+    """``[source:NAME]`` with ``type = files``."""
+
+    name: str
+    path: str
+    pollSeconds: float = 5.0
+    type: Literal["files"] = "files"
+
+
+class PluginOptions(Struct, frozen=True):
+    """
+    ``[source:NAME]`` whose type somebody else offers.
+
+    :ivar settings: every other key of the section as it stands there; the plug-in judges them.
+    :ivar folder: where the ini file lies; relative paths are relative to it.
+    """
+
+    name: str
+    type: str
+    settings: Mapping[str, str] = {}
+    folder: str = ""
+
+
+SourceOptions: TypeAlias = ApiOptions | FilesOptions | PluginOptions
+
+
+class Config(Struct, frozen=True):
+    """The whole effective configuration. Durations are seconds, paths are absolute."""
+
+    path: str
+    mode: str = "userspace"
+    nodeName: str = ""
+    clusterCIDR: tuple[str, ...] = ()
+    minSyncPeriod: float = 1.0
+    syncPeriod: float = 30.0
+    proxyName: str = ""
+    logFormat: str = "text"
+    sources: tuple[SourceOptions, ...] = ()
+    writer: str = "auto"
+    connectTimeouts: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0)
+    udpIdleTimeout: float = 30.0
+    portRange: tuple[int, int] | None = None
+    drainTimeout: float = 300.0
+    policy: str = "round-robin"
+    healthBind: HostPort | None = HostPort("0.0.0.0", 10256)
+    metricsBind: HostPort | None = HostPort("127.0.0.1", 10249)
+
+
+class Key(Struct, frozen=True):
+    """One key of a section, the attribute that it fills, and what it may hold."""
+
+    name: str
+    attribute: str
+    value: Value
+
+
+PATH = Value(str)
+SOURCE_KEYS: dict[str, tuple[Key, ...]] = {
+    "api": (
+        Key("kubeconfig", "kubeconfig", PATH),
+        Key("in-cluster", "inCluster", SWITCH),
+        Key("server", "server", SERVER),
+        Key("token-file", "tokenFile", PATH),
+        Key("ca-file", "caFile", PATH),
+        Key("client-certificate", "clientCertificate", PATH),
+        Key("client-key", "clientKey", PATH),
+    ),
+    "files": (Key("path", "path", PATH), Key("poll-interval", "pollSeconds", POSITIVE_DURATION)),
+}
+
+
+def schema(writers: Iterable[str] = (), policies: Iterable[str] = ()) -> dict[str, tuple[Key, ...]]:
+    """Every section but those of sources, with its keys in order."""
+    return {
+        "kproxy": (
+            Key("mode", "mode", oneOf(("userspace",), _NOT_BUILT)),
+            Key("node-name", "nodeName", NODE_NAME),
+            Key("cluster-cidr", "clusterCIDR", CIDRS),
+            Key("min-sync-period", "minSyncPeriod", DURATION),
+            Key("sync-period", "syncPeriod", POSITIVE_DURATION),
+            Key("proxy-name", "proxyName", PROXY_NAME),
+            Key("log-format", "logFormat", oneOf(("text", "json"))),
+        ),
+        "rules": (Key("writer", "writer", oneOf(writers, _NO_WRITER)),),
+        "userspace": (
+            Key("connect-timeouts", "connectTimeouts", DURATIONS),
+            Key("udp-idle-timeout", "udpIdleTimeout", POSITIVE_DURATION),
+            Key("port-range", "portRange", PORT_RANGE),
+            Key("drain-timeout", "drainTimeout", DURATION),
+        ),
+        "balance": (Key("policy", "policy", oneOf(policies)),),
+        "health": (Key("bind", "healthBind", BIND),),
+        "metrics": (Key("bind", "metricsBind", BIND),),
+    }
