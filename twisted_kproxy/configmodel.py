@@ -94,6 +94,7 @@ class Config(Struct, frozen=True):
     syncPeriod: float = 30.0
     proxyName: str = ""
     logFormat: str = "text"
+    logLevel: str = "info"
     sources: tuple[SourceOptions, ...] = ()
     writer: str = "auto"
     connectTimeouts: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0)
@@ -139,6 +140,7 @@ def schema(writers: Iterable[str] = (), policies: Iterable[str] = ()) -> dict[st
             Key("sync-period", "syncPeriod", POSITIVE_DURATION),
             Key("proxy-name", "proxyName", PROXY_NAME),
             Key("log-format", "logFormat", oneOf(("text", "json"))),
+            Key("log-level", "logLevel", oneOf(("debug", "info", "warn", "error"))),
         ),
         "rules": (Key("writer", "writer", oneOf(writers, _NO_WRITER)),),
         "userspace": (

@@ -18,7 +18,15 @@ from typing import Any, Protocol, TextIO, cast
 from urllib.parse import quote
 
 from twisted.internet.interfaces import IReactorTime
-from twisted.logger import ILogObserver, LogEvent, LogLevel, formatEvent, textFileLogObserver
+from twisted.logger import (
+    FilteringLogObserver,
+    ILogObserver,
+    LogEvent,
+    LogLevel,
+    PredicateResult,
+    formatEvent,
+    textFileLogObserver,
+)
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
@@ -193,6 +201,7 @@ class LineObserver:
 
 _FORMS: dict[str, Callable[[LogEvent], str]] = {"text": journalLines, "json": jsonLine}
 _chosen = {"journal": "text"}
+_threshold = [LogLevel.info]
 
 
 def useJournalFormat(name: str) -> None:
@@ -203,20 +212,40 @@ def useJournalFormat(name: str) -> None:
     _chosen["journal"] = name
 
 
-def journal(file: TextIO | None = None) -> LineObserver:
+def useLevel(name: str) -> None:
+    """Say from which level on events are written: ``debug``, ``info``, ``warn``, ``error``. Holds for all observers."""
+    _threshold[0] = LogLevel.lookupByName(name)
+
+
+def _isLoud(event: LogEvent) -> Any:
+    """
+    Whether an event is written. What Twisted says of its own ports and factories in its older way (``X starting on
+    N``, for every socket) has no level of its own, and counts as debug.
+    """
+    level = _level(event)
+    if "log_legacy" in event and level is LogLevel.info:
+        level = LogLevel.debug
+    return PredicateResult.yes if level >= _threshold[0] else PredicateResult.no
+
+
+def _loud(observer: ILogObserver) -> ILogObserver:
+    return cast(ILogObserver, FilteringLogObserver(observer, [_isLoud]))
+
+
+def journal(file: TextIO | None = None) -> ILogObserver:
     """The observer for systemd: lines with priorities, or JSON lines where the configuration says so."""
-    return LineObserver(_FORMS[_chosen["journal"]], file)
+    return _loud(LineObserver(_FORMS[_chosen["journal"]], file))
 
 
-def json(file: TextIO | None = None) -> LineObserver:
+def json(file: TextIO | None = None) -> ILogObserver:
     """The observer for machines: a JSON object per line."""
-    return LineObserver(jsonLine, file)
+    return _loud(LineObserver(jsonLine, file))
 
 
 def text(file: TextIO | None = None) -> ILogObserver:
     """The observer for people: Twisted's own text, redacted."""
     out = _RedactingFile(sys.stdout if file is None else file)
-    return cast(ILogObserver, textFileLogObserver(cast(TextIO, out)))
+    return _loud(cast(ILogObserver, textFileLogObserver(cast(TextIO, out))))
 
 
 class Once:

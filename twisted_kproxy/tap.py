@@ -194,6 +194,7 @@ def makeService(options: Options) -> IService:
     if config is None:
         config = readConfig(options["config"])
     logs.useJournalFormat(config.logFormat)
+    logs.useLevel(config.logLevel)
     try:
         from .server import makeProxyServer
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from typing import Any
@@ -13,9 +14,14 @@ from twisted.trial.unittest import SkipTest, TestCase
 
 from tests.shared.namespaces import Namespace, canMakeNamespaces
 from tests.shared.writers import SAMPLE, WriterTests, key, many, same, to
-from twisted_kproxy.core.rules import Delta, Ruleset, applied, deltaBetween
+from twisted_kproxy.core.changes import Update
+from twisted_kproxy.core.rules import Delta, Guard, Ruleset, applied, deltaBetween
+from twisted_kproxy.core.values import Endpoint, Frontend, ServiceMap, ServicePort, ServicePortName
+from twisted_kproxy.interfaces import RulesRejected
+from twisted_kproxy.netfilter.netlink import Refused
 from twisted_kproxy.netfilter.nftables import NftablesWriter
 from twisted_kproxy.netfilter.nftlayout import readListing
+from twisted_kproxy.netfilter.plane import RulePlane
 
 FOREIGN = """
 table ip docker {
@@ -190,3 +196,79 @@ class NftablesByToolTests(NftablesWriterTests):
 
     def makeWriter(self, **options: Any) -> NftablesWriter:
         return super().makeWriter(useNetlink=False, **options)
+
+
+class KernelErrorTests(InNamespace, TestCase):
+    """What the kernel answers to netlink messages."""
+
+    STEP = Delta({key("10.96.0.10", 80): None})
+
+    async def failing(self, error: OSError) -> NftablesWriter:
+        writer = self.makeWriter()
+        await writer.replace(SAMPLE)
+
+        def commit(step: object) -> None:
+            writer._elements.commit = real  # type: ignore[method-assign]
+            raise error
+
+        real, writer._elements.commit = writer._elements.commit, commit  # type: ignore[method-assign]
+        return writer
+
+    async def assertGoesOn(self, writer: NftablesWriter) -> None:
+        await writer.apply(self.STEP)
+        self.assertEqual(await self.makeWriter().adopt(), applied(SAMPLE, self.STEP))
+        self.assertTrue(writer.usesNetlink)
+
+    async def test_refused(self) -> None:
+        """A refusal is told with the kernel's reason; what is in force is still known."""
+        writer = await self.failing(Refused(errno.ENOMEM, "Cannot allocate memory"))
+        with self.assertRaises(RulesRejected) as caught:
+            await writer.apply(self.STEP)
+        self.assertIn("Cannot allocate memory", str(caught.exception))
+        self.assertEqual(await self.makeWriter().adopt(), SAMPLE)
+        await self.assertGoesOn(writer)
+
+    async def test_unknown(self) -> None:
+        """When it is not known whether a step was carried out, the next one reads first."""
+        writer = await self.failing(TimeoutError("timed out"))
+        with self.assertRaises(RulesRejected):
+            await writer.apply(self.STEP)
+        await self.assertGoesOn(writer)
+
+    async def test_notUnderstood(self) -> None:
+        """When the kernel does not understand our messages, nft carries the elements from then on."""
+        writer = await self.failing(Refused(errno.EINVAL, "Invalid argument"))
+        await writer.apply(self.STEP)
+        self.assertFalse(writer.usesNetlink)
+        self.assertEqual(await self.makeWriter().adopt(), applied(SAMPLE, self.STEP))
+
+    async def test_readsOtherwise(self) -> None:
+        """When elements that nft has written read otherwise than meant, our own messages are not used."""
+        writer = self.makeWriter()
+        writer._elements.read = Ruleset  # type: ignore[method-assign,assignment]
+        await writer.replace(SAMPLE)
+        self.assertFalse(writer.usesNetlink)
+        self.assertEqual(await self.makeWriter().adopt(), SAMPLE)
+
+
+class PlaneTests(InNamespace, TestCase):
+    """The rule plane over the kernel."""
+
+    async def test_foreignFlushIsRepaired(self) -> None:
+        """Somebody flushes all rules: the plane says so at once, and the update that follows puts ours back."""
+        name = ServicePortName("default", "web", "", "TCP", "IPv4")
+        pool = (Endpoint("192.0.2.2", 40001, True, True),)
+        current = ServiceMap({name: ServicePort(name, "u", (Frontend("ClusterIP", "10.96.0.1", 80),), pool)})
+        told: Deferred[None] = Deferred()
+        plane = RulePlane(reactor, self.makeWriter(), changedOutside=lambda: told.callback(None))
+        await plane.start()
+        await plane.onUpdate(Update(ServiceMap(), current))
+        expected = Ruleset({key("10.96.0.1", 80): same(to(40001))}, frozenset({Guard("IPv4", "TCP", 40001)}))
+        self.assertEqual(await self.makeWriter().adopt(), expected)
+        self.namespace.run("nft", "flush", "ruleset")
+        await told.addTimeout(2, reactor)
+        await plane.onUpdate(Update(current, current))
+        self.assertEqual(await self.makeWriter().adopt(), expected)
+        await plane.stop(0)
+        self.assertIsNone(await self.makeWriter().adopt())
+        self.assertEqual(self.namespace.run("nft", "list", "ruleset"), "")

@@ -5,7 +5,6 @@ with: a balancer that is told what to answer, an observer that writes everything
 
 from __future__ import annotations
 
-import errno
 import json
 import socket
 import threading
@@ -292,16 +291,17 @@ class ProxierSuite(ProxierParts):
 
     def test_familiesApart(self) -> None:
         """The two families may use the same port number."""
-        first, second = self.proxier(), self.proxier(family="IPv6")
-        first.listen()
-        try:
-            second.listen(first.port)
-        except (OSError, CannotListenError) as error:
-            # Another program may own that number there; then nothing can be said.
-            inner = error.socketError if isinstance(error, CannotListenError) else error
-            self.assertEqual(inner.errno, errno.EADDRINUSE)  # type: ignore[attr-defined]
+        for _ in range(10):
+            first, second = self.proxier(), self.proxier(family="IPv6")
+            first.listen()
+            try:
+                second.listen(first.port)
+            except (OSError, CannotListenError):
+                # Another program may own that number there, but not ten times.
+                continue
+            self.assertEqual(second.port, first.port)  # type: ignore[attr-defined]
             return
-        self.assertEqual(second.port, first.port)  # type: ignore[attr-defined]
+        self.fail("no port was free for both families")  # type: ignore[attr-defined]
 
     async def test_renamed(self) -> None:
         """Renaming keeps socket and connections; both count under the new name from then on."""

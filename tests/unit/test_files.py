@@ -254,16 +254,6 @@ class FilesTests(FolderCase):
         self.rig.write("b.yaml", "---\n".join(docs))
         self.assertEqual(self.rig.poll(), [])
 
-    def test_sameObject(self) -> None:
-        """What has not changed stays the same object."""
-        self.start(a=service("web") + "---\n" + service("db"))
-        web = self.rig.words.state["Service"]["shop/web"]
-        self.rig.write("a.yaml", service("web") + "---\n" + service("db", 81))
-        self.rig.poll()
-        self.rig.write("a.yaml", service("web"))
-        self.rig.poll()
-        self.assertIs(self.rig.words.state["Service"]["shop/web"], web)
-
     def test_namespaces(self) -> None:
         """An object without namespace is in default; a Node is in none."""
         node = "apiVersion: v1\nkind: Node\nmetadata: {name: n1, namespace: odd}\n"
@@ -324,7 +314,9 @@ class FilesTests(FolderCase):
         self.assertEqual(len(self.logged), 1)
         self.assertIn(f"{self.path('a.yaml')}:{line}: Service shop/bad: Expected", self.logged[0])
         self.assertEqual(self.rig.source.status()["rejected"], 1)
-        self.rig.write("a.yaml", service("web") + "---\n" + service("bad"))
+        self.rig.write("a.yaml", service("web", 81) + "---\n" + service("bad", "eighty"))
+        self.assertEqual([word.key for word in self.rig.poll()], ["shop/web"])  # the same reason is not said again
+        self.rig.write("a.yaml", service("web", 81) + "---\n" + service("bad"))
         (word,) = self.rig.poll()
         self.assertEqual((type(word), word.key), (Change, "shop/bad"))
 

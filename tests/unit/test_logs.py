@@ -31,6 +31,7 @@ class LogCase(SynchronousTestCase):
 
     def setUp(self) -> None:
         self.patch(logs, "_secrets", logs._Secrets())
+        self.patch(logs, "_threshold", [logs.LogLevel.debug])
 
     def written(self, factory: Callable[[Any], Any], say: Callable[[Logger], object]) -> str:
         """What an observer writes of what is said."""
@@ -234,6 +235,30 @@ class SecretTests(LogCase):
             logs.hide(f"token-number-{number}")
         self.assertEqual(logs.redacted("token-number-9 token-number-7"), "*** ***")
         self.assertEqual(len(logs._secrets._known), 3)
+
+
+class LevelTests(LogCase):
+    """From which level on something is written."""
+
+    def test_levels(self) -> None:
+        """What is below the level stays out, of every form."""
+        logs.useLevel("warn")
+        for factory in (logs.text, logs.json, logs.journal):
+            text = self.written(factory, lambda log: (log.debug("a1"), log.info("b2"), log.warn("c3"), log.error("d4")))
+            self.assertEqual([it in text for it in ("a1", "b2", "c3", "d4")], [False, False, True, True])
+
+    def test_twistedsOwn(self) -> None:
+        """Twisted's lines about each port and factory are for debugging; its errors are not."""
+        event = {"log_legacy": "x", "log_level": logs.LogLevel.info, "log_text": "Port starting", "log_format": "x"}
+        file = StringIO()
+        observer = logs.text(file)
+        logs.useLevel("info")
+        observer(event)
+        self.assertEqual(file.getvalue(), "")
+        observer({**event, "log_level": logs.LogLevel.critical})
+        logs.useLevel("debug")
+        observer(event)
+        self.assertEqual(file.getvalue().count("\n"), 2)
 
 
 class OnceTests(SynchronousTestCase):

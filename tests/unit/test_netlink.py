@@ -105,7 +105,7 @@ class SocketTests(SynchronousTestCase):
         self.assertEqual(said.errno, errno.EEXIST)
         self.assertIn("element exists", str(said))
         self.assertEqual(self.fake.answers, [])
-        self.assertEqual((self.fake.waited, self.fake.waits), (0.0, 10.0), "it waits for what does not come")
+        self.assertEqual((self.fake.waited, self.fake.waits), (0.0, 5.0), "it waits for what does not come")
 
     def test_silence(self) -> None:
         """A kernel that says nothing is given up: the state is not known then, which is another error."""

@@ -112,10 +112,10 @@ class OptionsTests(TapCase):
 
     def test_pluginsAreKnown(self) -> None:
         """The names that installed plug-ins offer can be chosen."""
-        self.write(f"{GOOD}[rules]\nwriter = memory\n")
+        self.write(f"{GOOD}[rules]\nwriter = none\n")
         loaded = self.parse("--config", self.path).loaded
         assert loaded is not None
-        self.assertEqual(loaded.writer, "memory")
+        self.assertEqual(loaded.writer, "none")
 
     def test_exclusive(self) -> None:
         """--check and --cleanup together are refused."""

@@ -182,9 +182,11 @@ class DialingTests(TcpTestCase):
         payload = os.urandom(3_000_000)
 
         def send() -> None:
-            client.sendall(payload)
+            client.sendall(payload[1000:])
             client.shutdown(socket.SHUT_WR)
 
+        client.sendall(payload[:1000])
+        await deferLater(reactor, 0.05)  # type: ignore[arg-type]
         sent, answer = self.run_(send), self.run_(readAll, client)
         await deferLater(reactor, 0.1)  # type: ignore[arg-type]
         (session,) = proxier._sessions

@@ -16,4 +16,3 @@ leastConnections = PolicyMaker("least-connections", "twisted_kproxy.balance.poli
 nftables = WriterMaker("nftables", "twisted_kproxy.netfilter.nftables.NftablesWriter")
 pythonIptables = WriterMaker("python-iptables", "twisted_kproxy.netfilter.iptables.IptablesWriter")
 noRules = WriterMaker("none", "twisted_kproxy.netfilter.memory.NoWriter")
-inMemory = WriterMaker("memory", "twisted_kproxy.netfilter.memory.MemoryWriter")

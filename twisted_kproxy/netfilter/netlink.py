@@ -96,7 +96,7 @@ class NetlinkSocket:
     :ivar port: the number under which the kernel knows it; what others see of our changes carries it.
     """
 
-    def __init__(self, opener: SocketOpener = socket.socket, limit: float = 10.0) -> None:
+    def __init__(self, opener: SocketOpener = socket.socket, limit: float = 5.0) -> None:
         self._socket = opener(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_NETFILTER)
         try:
             self._limit = limit

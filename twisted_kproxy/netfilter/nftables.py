@@ -1,7 +1,6 @@
 """
-The rule writer for nf_tables. The table's structure goes into the kernel by ``nft -f -``; elements go by batches of
-netlink messages of our own, which cost a hundredth of a run of ``nft``. Where those do not work on this kernel, ``nft``
-carries the elements too.
+The rule writer for nf_tables. The table's structure goes into the kernel by ``nft -f -``; elements by netlink messages
+of our own, which cost a hundredth of a run of ``nft``, or by ``nft`` too where those do not work on this kernel.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ import errno
 import json
 import re
 import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from twisted.internet.defer import Deferred
@@ -19,19 +18,13 @@ from twisted.logger import Logger
 from zope.interface import implementer
 
 from .. import __version__
-from ..core.rules import Delta, Guard, Rule, Ruleset, applied
+from ..core.rules import Delta, Rule, Ruleset, applied
 from ..core.values import FrontendKey
 from ..interfaces import IRuleWriter, NotAvailable, RulesRejected
-from . import nftelements
-from .netlink import Interrupted, NetlinkSocket, Refused, SocketOpener
+from .netlink import Interrupted, Refused, SocketOpener
 from .nftlayout import (
-    GUARDS,
-    INSIDERS,
-    MAPS,
     Step,
     Unreadable,
-    Value,
-    gathered,
     readListing,
     stepFor,
     stepText,
@@ -39,8 +32,8 @@ from .nftlayout import (
     structureText,
     wholeStep,
 )
+from .nftsocket import ElementSocket
 from .nftwatch import TableWatch
-from .ruleset import canonicalNetworks
 from .tool import Finished, Tool, TooSlow, find
 
 _T = TypeVar("_T")
@@ -81,7 +74,7 @@ class NftablesWriter:
         write into another network namespace than this process's: for tests, and to serve a node's namespace from
         beside it.
     :param openSocket: opens the netlink sockets.
-    :param limit: seconds that ``nft`` and the kernel are given.
+    :param limit: seconds that a run of ``nft`` is given.
     :param useNetlink: whether batches of our own are tried at all.
     :ivar usesNetlink: whether elements go by batches of our own.
     :ivar INLINE: steps of up to so many elements are sent in the reactor's thread; bigger ones, and dumps, in one of
@@ -111,7 +104,7 @@ class NftablesWriter:
         self._limit = limit
         self.usesNetlink = useNetlink
         self._tool: Tool | None = None
-        self._socket: NetlinkSocket | None = None
+        self._elements = ElementSocket(openSocket, table, self._own)
         self._known: _Known | None = None
         self._suspect = False  # somebody else has changed more than elements
         self._watch: TableWatch | None = None
@@ -148,8 +141,8 @@ class NftablesWriter:
         except OSError as error:
             self.log.warn("Changes by others to our rules cannot be watched: {error}.", error=error)
             return
-        if self._socket is not None:
-            self._watch.own(self._socket.port)
+        if self._elements.port is not None:
+            self._own(self._elements.port)
 
     def cleanup(self) -> Deferred[bool]:
         return Deferred.fromCoroutine(self._cleanup())
@@ -169,7 +162,7 @@ class NftablesWriter:
         if self._tool is not None:
             self._tool.kill()
         done: Deferred[None] = Deferred()
-        done.addCallback(lambda _: self._closeSocket())
+        done.addCallback(lambda _: self._elements.close())
         if self._threads:
             self._idle.append(done)
         else:
@@ -190,21 +183,19 @@ class NftablesWriter:
         if numbers < _OLDEST:
             raise NotAvailable(f"nft {found[0]} is too old: install nftables 1.0.1 or newer")
         # --check hands the whole structure to the kernel and takes it back in the same transaction.
-        scratch = f"{self._table}-probe"
+        structure = structureText(f"{self._table}-probe", __version__)
         try:
-            done = await self._nft("--check", "--file", "-", stdin=structureText(scratch, __version__))
+            done = await self._nft("--check", "--file", "-", stdin=structure)
         except RulesRejected as error:
             raise NotAvailable(f"nft does not run: {error}") from error
         if done.code != 0:
             if "Operation not permitted" in done.err or "Permission denied" in done.err:
                 raise NotAvailable("nf_tables refuses this process: run it as root or with CAP_NET_ADMIN")
             raise NotAvailable(f"this kernel's nf_tables does not take our rules: {_words(done)}")
-        how = "elements by netlink"
-        if not self.usesNetlink:
-            how = "elements by nft"
-        else:
+        how = "elements by netlink" if self.usesNetlink else "elements by nft"
+        if self.usesNetlink:
             try:
-                self._netlink()
+                self._elements.open()
             except OSError as error:
                 how = f"elements by nft, since netlink failed: {error}"
                 self._distrust(str(error))
@@ -242,48 +233,16 @@ class NftablesWriter:
     async def _read(self) -> Ruleset:
         if self.usesNetlink:
             try:
-                return await self._inThread(self._dump)
+                return await self._inThread(self._elements.read)
             except Unreadable as error:
                 self._distrust(str(error))
             except (OSError, Interrupted) as error:
-                self._closeSocket()
+                self._elements.close()
                 self.log.warn("The elements could not be read by netlink: {error!r}.", error=error)
         done = await self._nft("--json", "list", "table", "inet", self._table)
         if done.code != 0:
             raise RulesRejected(f"the table {self._table} cannot be listed: {_words(done)}")
         return await self._inThread(lambda: readListing(_parsed(done.out)))
-
-    def _dump(self) -> Ruleset:
-        """Read every set by netlink. In a thread."""
-        for _try in range(5):
-            try:
-                return self._dumpOnce()
-            except Interrupted:
-                continue
-        raise Interrupted()
-
-    def _dumpOnce(self) -> Ruleset:
-        netlink = self._netlink()
-        elements: list[tuple[str, FrontendKey, Value]] = []
-        guards: set[Guard] = set()
-        insiders: list[str] = []
-
-        def answers(name: str) -> Iterator[bytes]:
-            question = nftelements.question(self._table, name)
-            return netlink.dump(nftelements.GETSETELEM, nftelements.INET, question)
-
-        for name in MAPS:
-            reader = nftelements.MapReader(name)
-            for answer in answers(name):
-                elements += reader.read(answer)
-        for name in GUARDS:
-            for answer in answers(name):
-                guards |= {nftelements.decodeGuard(name, key) for key, _data, _ends in nftelements.elementsIn(answer)}
-        for name in INSIDERS:
-            insiders += nftelements.decodeInsiders(
-                it for answer in answers(name) for it in nftelements.elementsIn(answer)
-            )
-        return Ruleset(gathered(elements), frozenset(guards), canonicalNetworks(insiders))
 
     # --- writing ---
 
@@ -333,7 +292,7 @@ class NftablesWriter:
         if not self.usesNetlink:
             return
         try:
-            found = await self._inThread(self._dump)
+            found = await self._inThread(self._elements.read)
         except Interrupted:
             return
         except (OSError, Unreadable) as error:
@@ -353,9 +312,9 @@ class NftablesWriter:
             return
         try:
             if len(step) <= self.INLINE:
-                self._commit(step)
+                self._elements.commit(step)
             else:
-                await self._inThread(self._commit, step)
+                await self._inThread(self._elements.commit, step)
         except Refused as error:
             if error.errno in _MISFITS:
                 raise _Misfit(str(error)) from error
@@ -366,16 +325,8 @@ class NftablesWriter:
         except OSError as error:
             # Whether the batch was carried out is not known.
             self._known = None
-            self._closeSocket()
+            self._elements.close()
             raise RulesRejected(f"the rules could not be handed to the kernel: {error}") from error
-
-    def _commit(self, step: Step) -> None:
-        netlink = self._netlink()
-        first = netlink.numbers(1)
-        data, last = nftelements.encode(self._table, step, first)
-        netlink.numbers(last - first + 1)
-        if data:
-            netlink.request(data, first, last)
 
     async def _loadText(self, step: Step, structure: bool) -> None:
         def text() -> str:
@@ -391,21 +342,13 @@ class NftablesWriter:
 
     # --- inside ---
 
-    def _netlink(self) -> NetlinkSocket:
-        if self._socket is None:
-            self._socket = NetlinkSocket(self._opener, self._limit)
-            if self._watch is not None:
-                self._watch.own(self._socket.port)
-        return self._socket
-
-    def _closeSocket(self) -> None:
-        if self._socket is not None:
-            self._socket.close()
-            self._socket = None
+    def _own(self, port: int) -> None:
+        if self._watch is not None:
+            self._watch.own(port)
 
     def _distrust(self, why: str) -> None:
         self.usesNetlink = False
-        self._closeSocket()
+        self._elements.close()
         self.log.warn("Rules go through the nft program from now on, which is slower: {why}.", why=why)
 
     def _inThread(self, work: Callable[..., _T], *arguments: Any) -> Deferred[_T]:
@@ -426,9 +369,8 @@ class NftablesWriter:
             self._tool = Tool(self._reactor, find("nft", "nftables"), self._prefix, self._limit)
         try:
             running = self._tool.run(*arguments, stdin=stdin)
-            if self._watch is not None:
-                for pid in self._tool.pids:  # its netlink port is its process id
-                    self._watch.own(pid)
+            for pid in self._tool.pids:  # its netlink port is its process id
+                self._own(pid)
             done = await running
         except (TooSlow, OSError) as error:
             self._known = None

@@ -88,6 +88,7 @@ class ReadOnlySite(Site):
     a load balancer's probe out.
     """
 
+    noisy = False
     protocol = _Channel  # type: ignore[assignment]
     requestFactory = _Request
     displayTracebacks = False
