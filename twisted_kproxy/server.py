@@ -158,9 +158,9 @@ class ProxyServer(MultiService):
         for what, bind, content in (("health", config.healthBind, health), ("metrics", config.metricsBind, pages)):
             if bind is not None:
                 site = makeSite(self._reactor, tree(content))
-                Listener(self._reactor, site, bind.host, bind.port, what).setServiceParent(self)
-        LoopLag(self._reactor, self.metrics.observeLag).setServiceParent(self)
-        self.notifier.setServiceParent(self)
+                Listener(self._reactor, site, bind.host, bind.port, what).setServiceParent(self)  # type: ignore[no-untyped-call]
+        LoopLag(self._reactor, self.metrics.observeLag).setServiceParent(self)  # type: ignore[no-untyped-call]
+        self.notifier.setServiceParent(self)  # type: ignore[no-untyped-call]
 
     async def _chooseWriter(self) -> IRuleWriter:
         wanted = self._config.writer
@@ -203,7 +203,7 @@ class ProxyServer(MultiService):
             "kproxy {version} starts on node {node}", version=__version__, node=self._config.nodeName
         )
         for source in self.sources:
-            source.setServiceParent(self)
+            source.setServiceParent(self)  # type: ignore[no-untyped-call]
         self._reactor.callWhenRunning(self._catchSignals)
         self._starting = Deferred.fromCoroutine(self._start())
         self._starting.addErrback(self._giveUp)
@@ -273,7 +273,7 @@ class ProxyServer(MultiService):
     def _giveUp(self, failure: Failure) -> None:
         if self._stopping:
             return
-        if failure.check(KproxyError):
+        if failure.check(KproxyError):  # type: ignore[no-untyped-call]
             self.log.critical("kproxy cannot run: {error}", error=failure.getErrorMessage())
         else:
             self.log.failure("kproxy cannot run", failure)

@@ -4,7 +4,7 @@ from twisted.application.service import ServiceMaker
 
 from twisted_kproxy.plugin import PolicyMaker, SourceMaker, WriterMaker
 
-kproxy = ServiceMaker("kproxy", "twisted_kproxy.tap", "The node service proxy of Kubernetes", "kproxy")
+kproxy = ServiceMaker("kproxy", "twisted_kproxy.tap", "The node service proxy of Kubernetes", "kproxy")  # type: ignore[no-untyped-call]
 
 apiSource = SourceMaker("api", "twisted_kproxy.sources.api.ApiSource")
 filesSource = SourceMaker("files", "twisted_kproxy.sources.files.FilesSource")
