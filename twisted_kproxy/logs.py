@@ -20,6 +20,7 @@ from urllib.parse import quote
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import (
     FilteringLogObserver,
+    ILogFilterPredicate,
     ILogObserver,
     LogEvent,
     LogLevel,
@@ -28,7 +29,7 @@ from twisted.logger import (
     textFileLogObserver,
 )
 from twisted.python.failure import Failure
-from zope.interface import implementer
+from zope.interface import implementer, provider
 
 MASK = "***"
 #: How many secrets are remembered; the oldest goes first. Tokens are renewed all day long, and old ones expire.
@@ -217,6 +218,7 @@ def useLevel(name: str) -> None:
     _threshold[0] = LogLevel.lookupByName(name)
 
 
+@provider(ILogFilterPredicate)
 def _isLoud(event: LogEvent) -> Any:
     """
     Whether an event is written. What Twisted says of its own ports and factories in its older way (``X starting on
@@ -229,7 +231,7 @@ def _isLoud(event: LogEvent) -> Any:
 
 
 def _loud(observer: ILogObserver) -> ILogObserver:
-    return cast(ILogObserver, FilteringLogObserver(observer, [_isLoud]))
+    return cast(ILogObserver, FilteringLogObserver(observer, [cast(ILogFilterPredicate, _isLoud)]))
 
 
 def journal(file: TextIO | None = None) -> ILogObserver:

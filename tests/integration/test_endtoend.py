@@ -293,8 +293,9 @@ class EndToEndTests(EndToEnd):
     def test_zLastKilledAndStartedAgain(self) -> None:
         """
         After SIGKILL the rules are still there; the next run takes them over, its sockets on the same ports; a
-        graceful end removes them all. (Named to be the last: the daemon is another one afterwards.)
+        graceful end removes them all. (Named to be the last: the world ends with it.)
         """
+        self.addCleanup(World.end)
         it = self.world.make("restart", "p0a", "p1a")
         url = f"http://{it['spec']['clusterIP']}/"
         before = self.rules()

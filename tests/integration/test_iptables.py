@@ -19,7 +19,7 @@ from twisted.internet.task import deferLater
 from twisted.trial.unittest import TestCase
 
 from tests.shared.namespaces import Namespace, canMakeNamespaces
-from tests.shared.writers import NODE4, SAMPLE, WriterTests, key, many, same, to
+from tests.shared.writers import NODE4, SAMPLE, KernelWriterTests, key, many, same, to
 from twisted_kproxy.core.rules import Delta, Guard, Rule, Ruleset, Target, applied, deltaBetween
 from twisted_kproxy.interfaces import NotAvailable, RulesRejected
 from twisted_kproxy.netfilter import iptables
@@ -108,7 +108,7 @@ class IptablesCase(TestCase):
         return "".join(line for line in self.saved().splitlines(keepends=True) if "KPROXY-" not in line)
 
 
-class IptablesWriterTests(IptablesCase, WriterTests):
+class IptablesWriterTests(IptablesCase, KernelWriterTests):
     """What every writer does."""
 
     def makeFailingWriter(self) -> IptablesWriter:

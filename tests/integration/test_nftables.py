@@ -5,6 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import os
+import select
+import shutil
+from pathlib import Path
 from typing import Any
 
 from twisted.internet import reactor
@@ -13,11 +16,12 @@ from twisted.internet.task import deferLater
 from twisted.trial.unittest import SkipTest, TestCase
 
 from tests.shared.namespaces import Namespace, canMakeNamespaces
-from tests.shared.writers import SAMPLE, WriterTests, key, many, same, to
+from tests.shared.writers import SAMPLE, KernelWriterTests, key, many, same, to
 from twisted_kproxy.core.changes import Update
 from twisted_kproxy.core.rules import Delta, Guard, Ruleset, applied, deltaBetween
 from twisted_kproxy.core.values import Endpoint, Frontend, ServiceMap, ServicePort, ServicePortName
 from twisted_kproxy.interfaces import RulesRejected
+from twisted_kproxy.netfilter.choose import hasLegacyRules, hasNftablesNat
 from twisted_kproxy.netfilter.netlink import Refused
 from twisted_kproxy.netfilter.nftables import NftablesWriter
 from twisted_kproxy.netfilter.nftlayout import readListing
@@ -62,7 +66,7 @@ class InNamespace:
         return writer
 
 
-class NftablesWriterTests(InNamespace, WriterTests, TestCase):
+class NftablesWriterTests(InNamespace, KernelWriterTests, TestCase):
     """Elements by netlink."""
 
     netlink = True
@@ -198,6 +202,22 @@ class NftablesByToolTests(NftablesWriterTests):
         return super().makeWriter(useNetlink=False, **options)
 
 
+class OwnChangesTests(InNamespace, TestCase):
+    """How our own changes are kept apart from those of others. (What nft writes is not over when the call returns.)"""
+
+    async def test_ownChangesAreFiltered(self) -> None:
+        """The kernel does not even queue what we change ourselves, but what others change."""
+        writer = self.makeWriter()
+        await writer.probe()
+        await writer.replace(SAMPLE)
+        writer.watch(lambda: None)
+        readable = [writer._watch]
+        await writer.apply(Delta({key("10.96.0.10", 80): None}))
+        self.assertEqual(select.select(readable, [], [], 0)[0], [])
+        self.namespace.run("nft", "delete element inet kproxy service-ips4 { 203.0.113.5 . tcp . 443 }")
+        self.assertEqual(select.select(readable, [], [], 0)[0], readable)
+
+
 class KernelErrorTests(InNamespace, TestCase):
     """What the kernel answers to netlink messages."""
 
@@ -272,3 +292,25 @@ class PlaneTests(InNamespace, TestCase):
         await plane.stop(0)
         self.assertIsNone(await self.makeWriter().adopt())
         self.assertEqual(self.namespace.run("nft", "list", "ruleset"), "")
+
+
+class DetectionTests(InNamespace, TestCase):
+    """Whose rules a node has already."""
+
+    def test_legacy(self) -> None:
+        """Rules in the legacy nat table count, an empty table does not."""
+        if shutil.which("iptables-legacy") is None:
+            raise SkipTest("this needs iptables-legacy")
+        names = self.mktemp()
+        Path(names).write_text("nat\n", encoding="ascii")
+        self.namespace.run("iptables-legacy", "-t", "nat", "-S")
+        self.assertFalse(hasLegacyRules(self.namespace.socket, names))
+        self.namespace.run("iptables-legacy", "-t", "nat", "-A", "PREROUTING", "-j", "ACCEPT")
+        self.assertTrue(hasLegacyRules(self.namespace.socket, names))
+
+    def test_nftables(self) -> None:
+        """A nat chain of nf_tables counts, whoever's it is; a filter chain does not."""
+        self.namespace.run("nft", "-f", "-", stdin="table ip t { chain c { type filter hook input priority 0; }; }")
+        self.assertFalse(hasNftablesNat(self.namespace.socket))
+        self.namespace.run("nft", "-f", "-", stdin="table ip u { chain c { type nat hook output priority 0; }; }")
+        self.assertTrue(hasNftablesNat(self.namespace.socket))

@@ -246,6 +246,19 @@ class RulePlaneTests(SynchronousTestCase):
         self.assertEqual(set(self.lastDelta().rules), {key("10.96.0.2", 80)})
         self.assertEqual(self.plane.status()["lastError"], "")
 
+    def test_doubtEnds(self) -> None:
+        """After a failure the next update reads, whatever it says; the one after it does not."""
+        self.start()
+        self.done(self.web)
+        self.writer.failures.append(RulesRejected("no memory"))
+        self.failureResultOf(self.update(self.web, self.api), RulesRejected)
+        self.writer.inForce = None
+        self.writer.history.clear()
+        self.done(self.web, self.dns)
+        self.done(self.web)
+        self.assertEqual([it.call for it in self.writer.history], ["adopt", "replace", "apply"])
+        self.assertEqual(set(self.writer.inForce.rules), {key("10.96.0.1", 80)})
+
     def test_failureOfTheFirst(self) -> None:
         """When the very first write fails, the next update writes all."""
         self.start()

@@ -141,8 +141,7 @@ class NftablesWriter:
         except OSError as error:
             self.log.warn("Changes by others to our rules cannot be watched: {error}.", error=error)
             return
-        if self._elements.port is not None:
-            self._own(self._elements.port)
+        self._own(self._elements.port)
 
     def cleanup(self) -> Deferred[bool]:
         return Deferred.fromCoroutine(self._cleanup())
@@ -342,8 +341,8 @@ class NftablesWriter:
 
     # --- inside ---
 
-    def _own(self, port: int) -> None:
-        if self._watch is not None:
+    def _own(self, port: int | None) -> None:
+        if self._watch is not None and port is not None:
             self._watch.own(port)
 
     def _distrust(self, why: str) -> None:
