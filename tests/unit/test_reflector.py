@@ -10,88 +10,10 @@ from twisted.internet.error import ConnectionRefusedError, DNSLookupError
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
-from tests.fakes.rawhttp import Exchange, RawNetwork
-from tests.shared.sources import Words, manifest
+from tests.fakes.rawhttp import Exchange
+from tests.shared.reflectors import EXPIRED, ReflectorCase, bookmark, listOf, versioned
 from twisted_kproxy.core.values import Change, Rejected, Replaced
-from twisted_kproxy.sources import client
 from twisted_kproxy.sources.backoff import Backoff
-from twisted_kproxy.sources.client import ApiClient, Resource
-from twisted_kproxy.sources.credentials import ApiAccess
-from twisted_kproxy.sources.reflector import Reflector
-
-SERVICES = Resource("Service", "/api/v1/services", labelSelector="!a/b", fieldSelector="spec.clusterIP!=None")
-EXPIRED = {"kind": "Status", "code": 410, "reason": "Expired", "message": "too old resource version"}
-
-
-def versioned(name: str, rv: str, **fields: Any) -> dict[str, Any]:
-    it = manifest(name, **fields)
-    it["metadata"]["resourceVersion"] = rv
-    return it
-
-
-def listOf(*items: dict[str, Any], rv: str = "100") -> dict[str, Any]:
-    return {"kind": "ServiceList", "apiVersion": "v1", "metadata": {"resourceVersion": rv}, "items": list(items)}
-
-
-def bookmark(rv: str) -> dict[str, Any]:
-    return {"kind": "Service", "metadata": {"resourceVersion": rv}}
-
-
-class ReflectorCase(SynchronousTestCase):
-    """A reflector for Services before a server that is the test."""
-
-    chance = 0.0
-
-    def setUp(self) -> None:
-        self.clock = Clock()
-        self.network = RawNetwork(self.clock)
-        self.words = Words()
-        access = ApiAccess("http://192.0.2.1:8080/prefix", "test")
-        self.agent = self.network.agent()
-        self.client = ApiClient(self.clock, access, self.agent)
-        self.reflector = Reflector(
-            self.clock, self.client, SERVICES, "api", self.words.say, lambda: self.chance
-        )
-        self.addCleanup(self.stop)
-
-    def start(self) -> None:
-        self.reflector.start()
-
-    def stop(self) -> None:
-        """Also holds after each test: nothing is left running."""
-        self.reflector.stop()
-        self.assertEqual(self.clock.getDelayedCalls(), [])
-        self.assertEqual(self.agent.links, set())
-
-    def next(self) -> Exchange:
-        self.assertEqual(len(self.network.exchanges), 1, "there is not just one request")
-        return self.network.next()
-
-    def nextList(self, rv: str) -> Exchange:
-        """The request that has come must be a list from there."""
-        exchange = self.next()
-        self.assertFalse(exchange.watching, exchange.query)
-        self.assertEqual(exchange.query.get("resourceVersion", ""), rv)
-        return exchange
-
-    def nextWatch(self, rv: str) -> Exchange:
-        """The request that has come must be a watch from there; it is answered with headers."""
-        exchange = self.next()
-        self.assertTrue(exchange.watching, exchange.query)
-        self.assertEqual(exchange.query["resourceVersion"], rv)
-        return exchange
-
-    def nothing(self) -> None:
-        self.assertEqual(self.network.exchanges, [])
-
-    def watching(self, *items: dict[str, Any], rv: str = "100") -> Exchange:
-        """Start; the reflector has listed these and watches."""
-        self.start()
-        self.nextList("0").answerJson(listOf(*items, rv=rv))
-        watch = self.nextWatch(rv)
-        watch.begin()
-        return watch
-
 
 class ListAndWatchTests(ReflectorCase):
     """As long as all goes well."""
@@ -103,7 +25,7 @@ class ListAndWatchTests(ReflectorCase):
         self.assertEqual(exchange.path, "/prefix/api/v1/services")
         self.assertEqual(
             exchange.query,
-            {"resourceVersion": "0", "labelSelector": "!a/b", "fieldSelector": "spec.clusterIP!=None"},
+            {"resourceVersion": "0", "limit": "500", "labelSelector": "!a/b", "fieldSelector": "spec.clusterIP!=None"},
         )
         self.assertEqual(exchange.headers["accept"], "application/json")
         self.assertRegex(exchange.headers["user-agent"], r"^kproxy/\d")
@@ -569,7 +491,7 @@ class UnexpectedTests(ReflectorCase):
                 raise failures.pop()
             say(word)
 
-        self.reflector._say = raising
+        self.reflector._known._say = raising
         self.start()
         self.nextList("0").answerJson(listOf())
         self.assertEqual(len(self.flushLoggedErrors(ValueError)), 1)
@@ -611,7 +533,6 @@ class CompressedTests(ReflectorCase):
 
     def test_bomb(self) -> None:
         """What inflates beyond the limit is not read to its end."""
-        self.patch(client, "BODY_LIMIT", 1_000_000)
         exchange = self.compressed(gzip.compress(b" " * 5_000_000))
         self.assertIn("1000000 bytes", self.reflector.status()["lastError"])
         self.assertFalse(exchange.open)
@@ -710,7 +631,7 @@ class StopTests(ReflectorCase):
             say(word)
             self.stop()
 
-        self.reflector._say = stopping
+        self.reflector._known._say = stopping
         watch.chunk(
             b'{"type":"DELETED","object":{"metadata":{"name":"a","namespace":"b","resourceVersion":"101"}}}\n'
             b'{"type":"DELETED","object":{"metadata":{"name":"c","namespace":"b","resourceVersion":"102"}}}\n'
@@ -728,7 +649,7 @@ class StopTests(ReflectorCase):
             say(word)
             self.stop()
 
-        self.reflector._say = stopping
+        self.reflector._known._say = stopping
         self.nextList("0").answerJson(listOf())
         self.nothing()
         self.assertEqual(self.reflector.status()["state"], "stopped")
@@ -738,8 +659,8 @@ class StopTests(ReflectorCase):
         self.watching().event("BOOKMARK", bookmark("110"))
         self.stop()
         self.start()
-        self.nextList("110").answerJson(listOf())
-        self.nextWatch("100")
+        self.nextList("110").answerJson(listOf(rv="120"))
+        self.nextWatch("120")
 
 
 class BackoffTests(SynchronousTestCase):
