@@ -92,8 +92,9 @@ class Rig:
         self.server = Server()
         self.network = RawNetwork(self.clock, self.server.respond)
         self.agent = self.network.agent()
+        options = options or ApiOptions("main", server="http://192.0.2.1:8080", watchList="off")
         self.source: Any = ApiSource(
-            self.clock, "main", options or ApiOptions("main", server="http://192.0.2.1:8080", watchList="off"), self.words,
+            self.clock, "main", options, self.words,
             nodeName="node-a", agent=self.agent, random=lambda: 0.0, **extra,
         )
 

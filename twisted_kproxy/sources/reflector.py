@@ -102,7 +102,7 @@ class Reflector:
         # Only the newest state will do: the server cannot answer for our resource version, or is not to be believed.
         self._newest = False
         self._streamAt: float | None = 0.0 if streaming else None
-        self._safetyAt: float | None = None
+        self._safetyAt = 0.0
         self._watchedAt: float | None = None
         self._barren = 0
         self._running: Deferred[None] | None = None
@@ -245,6 +245,7 @@ class Reflector:
         if self._guard.doubts(self._known.store, listing):
             raise _Doubted()
         self._watcher.settled()
+        self._watchedAt = self._clock.seconds()
         self._routes.works()
         self._journal.state = "watching"
         self._journal.counts["streams"] += 1
@@ -277,7 +278,7 @@ class Reflector:
         return Step.LIST
 
     def _replace(self, listing: Listing) -> None:
-        if self._newest or self._safetyAt is None:
+        if self._newest or not self._safetyAt:
             low, high = SAFETY_SECONDS
             self._safetyAt = self._clock.seconds() + low + self._random() * (high - low)
         if self._newest and earlier(listing.rv, self._known.rv):
@@ -298,11 +299,12 @@ class Reflector:
         if self._routes.untilProbe() == 0.0 and await self._routes.probe(self._client):
             self._known.turn()
             return Step.SYNC
-        if self._safetyAt is not None and self._clock.seconds() >= self._safetyAt:
+        if self._clock.seconds() >= self._safetyAt:
             return await self._safety()
         started, events = self._clock.seconds(), self._journal.counts["events"]
+        self._watchedAt = started
         self._known.begin(False)
-        due = [self._watchSeconds(), (self._safetyAt or started) - started, self._routes.untilProbe()]
+        due = [self._watchSeconds(), self._safetyAt - started, self._routes.untilProbe()]
         seconds = max(LEAST_SECONDS, int(min(it for it in due if it is not None)))
         try:
             await self._follow(seconds, False)
@@ -312,7 +314,6 @@ class Reflector:
 
     async def _follow(self, seconds: int, initialEvents: bool) -> None:
         self._journal.state = "connecting"
-        self._watchedAt = self._clock.seconds()
         await self._watcher.watch(self._routes.resource, self._known.rv, seconds, initialEvents)
 
     def _opened(self) -> None:
