@@ -124,7 +124,7 @@ class Cluster:
         for key, reason in word.rejected.items():
             self._reject(word.source, word.kind, key, reason, said)
         if word.kind == "Node":  # at once: it decides what is local
-            differs = any([self._merge(word.kind, key) for key in touched])
+            differs = sum(self._merge(word.kind, key) for key in touched) > 0
         else:
             self._unmerged.update(dict.fromkeys((word.kind, key) for key in touched))
             differs = self._mergeSome(MERGED_AT_ONCE)
