@@ -389,9 +389,7 @@ class Reflector:
         """JSON-able facts for operators."""
         age = self.age()
         return {
-            "state": self._journal.state,
-            "reads": self._routes.resource.path,
-            "resourceVersion": self._known.rv,
+            "state": self._journal.state, "reads": self._routes.resource.path, "resourceVersion": self._known.rv,
             "ageSeconds": None if age is None else round(age, 3),
             **self.counters(),
             "objects": len(self._known.store.objects),
