@@ -32,6 +32,10 @@ from .core.values import (
 from .interfaces import IChannel
 
 ZONE_LABEL = "topology.kubernetes.io/zone"
+#: So many objects of a list are taken over at once; the rest of a longer one waits for :meth:`Cluster.catchUp`.
+MERGED_AT_ONCE = 500
+#: Resolving so many endpoints is as much work as resolving a Service.
+ENDPOINTS_PER_SERVICE = 10
 _ServiceKey = tuple[str, str]
 
 
@@ -75,6 +79,7 @@ class Cluster:
         self._nodeName = nodeName
         self._proxyName = proxyName
         self._merged: dict[str, dict[str, Any]] = {}
+        self._unmerged: dict[tuple[Kind, str], None] = {}
         self._slices: dict[_ServiceKey, dict[tuple[str, str], list[wire.EndpointSlice]]] = {}
         self._sliceHome: dict[tuple[str, str], _ServiceKey] = {}
         self._dirty: dict[_ServiceKey, None] = {}
@@ -112,19 +117,22 @@ class Cluster:
         for key in word.rejected:
             if key in said.objects:  # the last good version stays
                 objects[key] = said.objects[key]
-        gone = [key for key in said.objects if key not in objects]
-        fresh = [key for key, it in objects.items() if said.objects.get(key) != it]
+        touched = [key for key in said.objects if key not in objects]
+        touched += [key for key, it in objects.items() if said.objects.get(key) is not it]
         said.objects = objects
         said.rejected = {}
         for key, reason in word.rejected.items():
             self._reject(word.source, word.kind, key, reason, said)
-        for key in (*gone, *fresh):
-            self._merge(word.kind, key)
+        if word.kind == "Node":  # at once: it decides what is local
+            differs = sum(self._merge(word.kind, key) for key in touched) > 0
+        else:
+            self._unmerged.update(dict.fromkeys((word.kind, key) for key in touched))
+            differs = self._mergeSome(MERGED_AT_ONCE)
         first = (word.source, word.kind) in self._unsynced
         self._unsynced.discard((word.source, word.kind))
         if word.kind == "Node":
             self.nodesListed(word.source)
-        if first or gone or fresh:
+        if first or differs or self._unmerged:
             self.changed()
 
     def _change(self, word: Change, said: _Said) -> None:
@@ -166,16 +174,35 @@ class Cluster:
                 return said.objects[key]
         return None
 
-    def _merge(self, kind: Kind, key: str) -> None:
+    def _mergeSome(self, limit: int) -> bool:
+        """
+        Take over up to so many objects of lists.
+
+        :return: whether something differs by that.
+        """
+        differs = False
+        for kind, key in list(islice(self._unmerged, limit)):
+            del self._unmerged[kind, key]
+            differs |= self._merge(kind, key)
+        return differs
+
+    def _merge(self, kind: Kind, key: str) -> bool:
+        """
+        Take over what the first source that has this object says of it.
+
+        :return: whether that differs from before.
+        """
         it = self._first(kind, key)
         merged = self._merged.setdefault(kind, {})
         before = merged.get(key)
         if before is it:
-            return
+            return False
         if it is None:
             del merged[key]
         else:
             merged[key] = it
+            if before == it:
+                return False
         if kind == "Service":
             namespace, _, name = key.partition("/")
             self._dirty[namespace, name] = None
@@ -185,6 +212,7 @@ class Cluster:
             self._placeSlices(kind, key, slicesOf(it) if it is not None else [])
         elif key == self._nodeName:
             self._setNode(it)
+        return True
 
     def _placeSlices(self, kind: str, key: str, slices: Iterable[wire.EndpointSlice]) -> None:
         """Move what this object said to the Service that it belongs to now: its label may be another than before."""
@@ -221,14 +249,26 @@ class Cluster:
 
     def catchUp(self, limit: int = 100) -> bool:
         """
-        Resolve up to so many Services that have changed.
+        Do a bounded piece of the work that :meth:`current` needs: take over objects of a long list, or resolve up to
+        so many Services that have changed, fewer where they have many endpoints.
 
         :return: whether there is more to do; the caller gives the reactor a turn in between.
         """
+        if self._unmerged:
+            self._mergeSome(MERGED_AT_ONCE)
+            return bool(self._unmerged or self._dirty)
+        work = 0
         for key in list(islice(self._dirty, limit)):
+            if work >= limit:
+                break
+            work += 1 + self._endpointsOf(key) // ENDPOINTS_PER_SERVICE
             del self._dirty[key]
             self._resolve(key)
         return bool(self._dirty)
+
+    def _endpointsOf(self, key: _ServiceKey) -> int:
+        slices = self._slices.get(key, {}).values()
+        return sum(len(it.endpoints or ()) for placed in slices for it in placed)
 
     def current(self) -> ServiceMap:
         """The map that follows from everything said so far; the same object as long as nothing differs."""

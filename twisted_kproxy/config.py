@@ -217,7 +217,7 @@ class _Reading:
             self._fault(section.line, f"[{section.name}] does not say where the API server is: give {choice}")
         for other in ways[1:]:
             fault(other.name, f"contradicts {ways[0].name} on line {self._line(section.name, ways[0].name)}: keep one")
-        extras = [key for key in SOURCE_KEYS["api"][3:] if given(key.attribute)]
+        extras = [key for key in SOURCE_KEYS["api"][3:] if given(key.attribute) and key.name != "watch-list"]
         server = values.get("server")
         for key in extras:
             if ways and not server:

@@ -54,6 +54,7 @@ class ApiOptions(Struct, frozen=True):
     caFile: str = ""
     clientCertificate: str = ""
     clientKey: str = ""
+    watchList: str = "auto"
     type: Literal["api"] = "api"
 
 
@@ -124,6 +125,7 @@ SOURCE_KEYS: dict[str, tuple[Key, ...]] = {
         Key("ca-file", "caFile", PATH),
         Key("client-certificate", "clientCertificate", PATH),
         Key("client-key", "clientKey", PATH),
+        Key("watch-list", "watchList", oneOf(("auto", "off"))),
     ),
     "files": (Key("path", "path", PATH), Key("poll-interval", "pollSeconds", POSITIVE_DURATION)),
 }

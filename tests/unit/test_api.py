@@ -27,10 +27,9 @@ from tests.shared.sources import SourceRig, Words, manifest, sliceManifest
 from twisted_kproxy.config import ApiOptions
 from twisted_kproxy.core.values import Change, Replaced
 from twisted_kproxy.interfaces import ISource, NotAvailable
-from twisted_kproxy.sources import client
 from twisted_kproxy.sources.agent import ApiAgent
 from twisted_kproxy.sources.api import ApiSource, resources
-from twisted_kproxy.sources.client import ApiClient
+from twisted_kproxy.sources.client import LIMITS, ApiClient, Limits
 from twisted_kproxy.sources.credentials import ApiAccess, Pem
 from twisted_kproxy.sources.errors import ConnectionLost, Denied, Refused, TimedOut, Unverified
 
@@ -93,8 +92,9 @@ class Rig:
         self.server = Server()
         self.network = RawNetwork(self.clock, self.server.respond)
         self.agent = self.network.agent()
+        options = options or ApiOptions("main", server="http://192.0.2.1:8080", watchList="off")
         self.source: Any = ApiSource(
-            self.clock, "main", options or ApiOptions("main", server="http://192.0.2.1:8080"), self.words,
+            self.clock, "main", options, self.words,
             nodeName="node-a", agent=self.agent, random=lambda: 0.0, **extra,
         )
 
@@ -130,14 +130,14 @@ class OwnTests(SynchronousTestCase):
             asked,
             {
                 "/api/v1/services": {
-                    "resourceVersion": "0",
+                    "resourceVersion": "0", "limit": "500",
                     "labelSelector": "!service.kubernetes.io/service-proxy-name",
                     "fieldSelector": "spec.clusterIP!=None",
                 },
                 "/apis/discovery.k8s.io/v1/endpointslices": {
-                    "resourceVersion": "0", "labelSelector": "!service.kubernetes.io/headless",
+                    "resourceVersion": "0", "limit": "500", "labelSelector": "!service.kubernetes.io/headless",
                 },
-                "/api/v1/nodes": {"resourceVersion": "0", "fieldSelector": "metadata.name=node-a"},
+                "/api/v1/nodes": {"resourceVersion": "0", "limit": "500", "fieldSelector": "metadata.name=node-a"},
             },
         )
 
@@ -186,7 +186,7 @@ class OwnTests(SynchronousTestCase):
         self.path = os.path.abspath(path)
         self.writeToken(token)
         # The network speaks no TLS; credentials go with https only.
-        return Rig(ApiOptions("main", server="https://192.0.2.1", tokenFile=self.path))
+        return Rig(ApiOptions("main", server="https://192.0.2.1", tokenFile=self.path, watchList="off"))
 
     def writeToken(self, token: str) -> None:
         with open(self.path, "w") as file:
@@ -259,7 +259,7 @@ class ReplayTests(SynchronousTestCase):
         clock = Clock()
         words = Words()
         network = RawNetwork(clock)
-        options = ApiOptions("main", server="http://192.0.2.1")
+        options = ApiOptions("main", server="http://192.0.2.1", watchList="off")
         source = ApiSource(
             clock, "main", options, words, nodeName="node-a", agent=network.agent(), random=lambda: 0.0
         )
@@ -351,6 +351,7 @@ class SocketTests(TestCase):
     """Real sockets and real TLS, on loopback."""
 
     timeout = 20
+    limits = LIMITS
 
     def setUp(self) -> None:
         self.authority = Authority()
@@ -375,7 +376,7 @@ class SocketTests(TestCase):
         it = ApiAccess(server, "test", **access)
         self.agent = ApiAgent(reactor, it)
         self.addCleanup(self.agent.close)
-        return ApiClient(reactor, it, self.agent)  # type: ignore[arg-type]
+        return ApiClient(reactor, it, self.agent, self.limits)  # type: ignore[arg-type]
 
     def list(self, client: ApiClient) -> Deferred[Any]:
         return Deferred.fromCoroutine(client.list(resources("n")[0], "0"))
@@ -452,7 +453,7 @@ class SocketTests(TestCase):
     @inlineCallbacks
     def test_plainServer(self) -> Any:
         """TLS to a port that speaks none, and plain HTTP to one that speaks TLS, come to an end."""
-        self.patch(client, "HEADERS_TIMEOUT", 0.5)
+        self.limits = Limits(headers=0.5)
         port: Any = reactor.listenTCP(0, Site(self.services), interface="127.0.0.1")  # type: ignore[attr-defined]
         self.addCleanup(port.stopListening)
         yield self.assertFailure(
@@ -498,7 +499,7 @@ class SocketTests(TestCase):
         with open(path, "wb") as file:
             file.write(self.authority.certificate)
         words = Words()
-        options = ApiOptions("main", server=server, caFile=path)
+        options = ApiOptions("main", server=server, caFile=path, watchList="off")
         source = ApiSource(reactor, "main", options, words, nodeName="n")
         source.startService()
         for _ in range(500):

@@ -176,10 +176,10 @@ class ConvergenceTests(SynchronousTestCase):
     """Many things in any order."""
 
     @settings(derandomize=True, deadline=None, max_examples=60)
-    @given(st.lists(st.tuples(WORDS, st.integers(0, 5)), max_size=25))
-    def test_converges(self, story: list[tuple[str, int]]) -> None:
+    @given(st.sampled_from(("on", "off", "ignored")), st.lists(st.tuples(WORDS, st.integers(0, 5)), max_size=25))
+    def test_converges(self, watchList: str, story: list[tuple[str, int]]) -> None:
         """After any story of changes and misfortunes, a quiet quarter of an hour makes all as it is there."""
-        world = World()
+        world = World(watchList=watchList)
         world.put(manifest("web"))
         world.source.startService()
         for word, number in story:

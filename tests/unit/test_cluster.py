@@ -12,6 +12,7 @@ from zope.interface.verify import verifyObject
 from tests.builders import member, node, portName, service, slice_
 from twisted_kproxy.cluster import Cluster
 from twisted_kproxy.core import wire
+from twisted_kproxy.core.changes import Update
 from twisted_kproxy.core.values import Change, Kind, Rejected, Replaced, ServiceMap, Word
 from twisted_kproxy.interfaces import IChannel
 
@@ -192,6 +193,82 @@ class MergeTests(ClusterTestCase):
         before = self.cluster.current()[portName()]
         self.put(service(uid="u2"))
         self.assertNotEqual(self.cluster.current()[portName()], before)
+
+    def test_recreatedInList(self) -> None:
+        """So is one that a list brings, whatever else is equal: who was bound to the old one is not to the new one."""
+        self.put(service())
+        self.put(slice_(member("10.1.0.1")))
+        before = self.cluster.current()
+        self.cluster.say(Replaced("s", "Service", {"shop/web": service(uid="u2")}))
+        after = self.cluster.current()
+        self.assertEqual(after[portName()].cluster, before[portName()].cluster)
+        self.assertEqual(after[portName()].uid, "u2")
+        self.assertEqual(Update(before, after).changed, {portName()})
+
+    def test_goneAndAddedAtOnce(self) -> None:
+        """The same where it is told as gone and as new, without a map in between."""
+        self.put(service())
+        before = self.cluster.current()
+        self.drop("Service", "shop/web")
+        self.put(service(uid="u2"))
+        self.assertEqual(Update(before, self.cluster.current()).changed, {portName()})
+
+    def test_equalList(self) -> None:
+        """A list of equal objects, the same ones or not, is no change."""
+        self.put(service())
+        self.changes = 0
+        for it in (service(), self.cluster._merged["Service"]["shop/web"]):
+            self.cluster.say(Replaced("s", "Service", {"shop/web": it}))
+        self.assertEqual(self.changes, 0)
+
+    def long(self, count: int = 1800) -> dict[str, Any]:
+        return {f"shop/s{n}": service(f"s{n}", clusterIP=f"10.96.{n // 250}.{n % 250 + 1}") for n in range(count)}
+
+    def test_longList(self) -> None:
+        """A long list is taken over in pieces; the map is the same as if it were not."""
+        self.changes = 0
+        self.cluster.say(Replaced("s", "Service", self.long()))
+        self.assertEqual(self.changes, 1)
+        self.assertLess(self.cluster.counts()["Service"], 1800)
+        turns = 1
+        while self.cluster.catchUp():
+            turns += 1
+        self.assertGreaterEqual(turns, 18)
+        self.assertEqual(self.cluster.counts()["Service"], 1800)
+        self.assertEqual(len(self.cluster.current()), 1800)
+
+    def test_changeWithinLongList(self) -> None:
+        """What is said while a long list is being taken over counts, whichever of its objects it is about."""
+        self.cluster.say(Replaced("s", "Service", self.long()))
+        self.cluster.catchUp()
+        for number in (0, 700, 1799):
+            self.put(service(f"s{number}", clusterIP=f"10.97.{number // 250}.9" if number else None))
+        self.drop("Service", "shop/s1500")
+        current = self.cluster.current()
+        self.assertEqual(len(current), 1798)
+        for number in (700, 1799):
+            (frontend,) = current[portName(f"s{number}")].frontends
+            self.assertEqual(frontend.address, f"10.97.{number // 250}.9")
+
+    def test_longListTwice(self) -> None:
+        """A second list before the first is taken over: the second counts."""
+        self.cluster.say(Replaced("s", "Service", self.long()))
+        self.cluster.say(Replaced("s", "Service", self.long(3)))
+        self.assertEqual(len(self.cluster.current()), 3)
+        self.assertEqual(self.cluster.counts()["Service"], 3)
+
+    def test_manyEndpoints(self) -> None:
+        """Services with many endpoints are resolved in smaller pieces, but at least one at a time."""
+        for number in range(8):
+            self.put(service(f"s{number}", clusterIP=f"10.96.1.{number}"))
+            ends = [member(f"10.1.{number}.{n}") for n in range(250)]
+            for part in range(4):
+                self.put(slice_(*ends, name=f"s{number}-{part}", of=f"s{number}"))
+        turns = 1
+        while self.cluster.catchUp():
+            turns += 1
+        self.assertEqual(turns, 8)
+        self.assertFalse(self.cluster.catchUp())
 
     def test_catchUp(self) -> None:
         """Work is done in bounded pieces, none of it lost."""

@@ -81,7 +81,7 @@ class LoadTests(IniCase):
             "proxy-name = kproxy.example\n"
             "log-format = json\n"
             "[source:zeta]\ntype = api\nserver = https://10.0.0.1:6443\ntoken-file = token\nca-file = /ca.pem\n"
-            "client-certificate = ../c.pem\nclient-key = c.key\n"
+            "client-certificate = ../c.pem\nclient-key = c.key\nwatch-list = off\n"
             "[source:alpha]\ntype = files\npath = one;two.yaml ; a semicolon without a blank is part of the path\n"
             "poll-interval = 1s\n"
             "[source:inside]\ntype = api\nin-cluster = Yes\n"
@@ -111,6 +111,7 @@ class LoadTests(IniCase):
                         caFile="/ca.pem",
                         clientCertificate=os.path.join(os.path.dirname(self.folder), "c.pem"),
                         clientKey=os.path.join(self.folder, "c.key"),
+                        watchList="off",
                     ),
                     FilesOptions("alpha", os.path.join(self.folder, "one;two.yaml"), 1.0),
                     ApiOptions("inside", inCluster=True),
@@ -155,7 +156,7 @@ class LoadTests(IniCase):
             plain, replace(self.load(LOCAL), sources=plain.sources)
         )
         commented = re.compile(r"^;([a-z-]+ =.*)$", re.MULTILINE)
-        example = re.compile(r"^;(type|kubeconfig) =", re.MULTILINE)
+        example = re.compile(r"^;(type|kubeconfig|watch-list) =", re.MULTILINE)
         keys = commented.findall(example.sub("# \\1:", text))
         self.assertEqual(len(keys), 16)
         self.assertEqual(self.load(commented.sub(r"\1", example.sub("# \\1:", text))), plain)
@@ -175,7 +176,9 @@ class LoadTests(IniCase):
         said = config.effective(loaded)
         self.assertNotIn("hunter2", json.dumps(said))
         self.assertNotIn("hunter2", config.render(loaded))
-        self.assertEqual(said["source:c"], {"type": "api", "server": "https://***@host:6443/x"})
+        self.assertEqual(
+            said["source:c"], {"type": "api", "server": "https://***@host:6443/x", "watch-list": "auto"}
+        )
         self.assertEqual(said["kproxy"]["sync-period"], "30s")
         self.assertEqual(said["userspace"]["connect-timeouts"], "250ms 500ms 1s 2s")
 
@@ -221,6 +224,8 @@ class FaultTests(IniCase):
         """An unknown writer, policy or type of source is answered with the known ones."""
         self.assertIn("must be one of auto, nftables, python-iptables, none", self.userFault("rules", "writer = pf"))
         self.assertIn("did you mean 'round-robin'?", self.userFault("balance", "policy = roundrobin"))
+        fault = self.fault("[source:x]\ntype = api\nin-cluster = yes\nwatch-list = on\n")
+        self.assertIn("watch-list = on: must be one of auto, off", fault)
         self.assertIn("must be one of api, files, consul", self.fault("[source:x]\ntype = x\n", sourceTypes=["consul"]))
         self.assertIn("type is missing: say type = one of api, files", self.fault("[source:x]\npath = x\n"))
 
@@ -324,6 +329,13 @@ class FaultTests(IniCase):
         """A value at fault brings no second fault about what it might have meant."""
         self.fault("[source:c]\ntype = api\nserver = nowhere\n")
         self.userFault("kproxy", "min-sync-period = often")
+
+    def test_watchListAnywhere(self) -> None:
+        """How lists are read goes with every way to reach an API server."""
+        for way in ("in-cluster = yes", "kubeconfig = /k", "server = http://127.0.0.1:8001"):
+            (source,) = self.load(f"[source:c]\ntype = api\n{way}\nwatch-list = off\n").sources
+            assert isinstance(source, ApiOptions)
+            self.assertEqual(source.watchList, "off")
 
     def test_secretsInFaults(self) -> None:
         """A password in a URL is not shown, whatever is wrong with the line."""

@@ -2,95 +2,17 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 from typing import Any
 
 from twisted.internet.error import ConnectionRefusedError, DNSLookupError
 from twisted.internet.task import Clock
+from twisted.logger import globalLogPublisher
 from twisted.trial.unittest import SynchronousTestCase
 
-from tests.fakes.rawhttp import Exchange, RawNetwork
-from tests.shared.sources import Words, manifest
+from tests.shared.reflectors import EXPIRED, ReflectorCase, bookmark, listOf, versioned
 from twisted_kproxy.core.values import Change, Rejected, Replaced
-from twisted_kproxy.sources import client
+from twisted_kproxy.sources import reflector
 from twisted_kproxy.sources.backoff import Backoff
-from twisted_kproxy.sources.client import ApiClient, Resource
-from twisted_kproxy.sources.credentials import ApiAccess
-from twisted_kproxy.sources.reflector import Reflector
-
-SERVICES = Resource("Service", "/api/v1/services", labelSelector="!a/b", fieldSelector="spec.clusterIP!=None")
-EXPIRED = {"kind": "Status", "code": 410, "reason": "Expired", "message": "too old resource version"}
-
-
-def versioned(name: str, rv: str, **fields: Any) -> dict[str, Any]:
-    it = manifest(name, **fields)
-    it["metadata"]["resourceVersion"] = rv
-    return it
-
-
-def listOf(*items: dict[str, Any], rv: str = "100") -> dict[str, Any]:
-    return {"kind": "ServiceList", "apiVersion": "v1", "metadata": {"resourceVersion": rv}, "items": list(items)}
-
-
-def bookmark(rv: str) -> dict[str, Any]:
-    return {"kind": "Service", "metadata": {"resourceVersion": rv}}
-
-
-class ReflectorCase(SynchronousTestCase):
-    """A reflector for Services before a server that is the test."""
-
-    chance = 0.0
-
-    def setUp(self) -> None:
-        self.clock = Clock()
-        self.network = RawNetwork(self.clock)
-        self.words = Words()
-        access = ApiAccess("http://192.0.2.1:8080/prefix", "test")
-        self.agent = self.network.agent()
-        self.client = ApiClient(self.clock, access, self.agent)
-        self.reflector = Reflector(
-            self.clock, self.client, SERVICES, "api", self.words.say, lambda: self.chance
-        )
-        self.addCleanup(self.stop)
-
-    def start(self) -> None:
-        self.reflector.start()
-
-    def stop(self) -> None:
-        """Also holds after each test: nothing is left running."""
-        self.reflector.stop()
-        self.assertEqual(self.clock.getDelayedCalls(), [])
-        self.assertEqual(self.agent.links, set())
-
-    def next(self) -> Exchange:
-        self.assertEqual(len(self.network.exchanges), 1, "there is not just one request")
-        return self.network.next()
-
-    def nextList(self, rv: str) -> Exchange:
-        """The request that has come must be a list from there."""
-        exchange = self.next()
-        self.assertFalse(exchange.watching, exchange.query)
-        self.assertEqual(exchange.query.get("resourceVersion", ""), rv)
-        return exchange
-
-    def nextWatch(self, rv: str) -> Exchange:
-        """The request that has come must be a watch from there; it is answered with headers."""
-        exchange = self.next()
-        self.assertTrue(exchange.watching, exchange.query)
-        self.assertEqual(exchange.query["resourceVersion"], rv)
-        return exchange
-
-    def nothing(self) -> None:
-        self.assertEqual(self.network.exchanges, [])
-
-    def watching(self, *items: dict[str, Any], rv: str = "100") -> Exchange:
-        """Start; the reflector has listed these and watches."""
-        self.start()
-        self.nextList("0").answerJson(listOf(*items, rv=rv))
-        watch = self.nextWatch(rv)
-        watch.begin()
-        return watch
 
 
 class ListAndWatchTests(ReflectorCase):
@@ -103,7 +25,7 @@ class ListAndWatchTests(ReflectorCase):
         self.assertEqual(exchange.path, "/prefix/api/v1/services")
         self.assertEqual(
             exchange.query,
-            {"resourceVersion": "0", "labelSelector": "!a/b", "fieldSelector": "spec.clusterIP!=None"},
+            {"resourceVersion": "0", "limit": "500", "labelSelector": "!a/b", "fieldSelector": "spec.clusterIP!=None"},
         )
         self.assertEqual(exchange.headers["accept"], "application/json")
         self.assertRegex(exchange.headers["user-agent"], r"^kproxy/\d")
@@ -259,6 +181,20 @@ class ExpiredTests(ReflectorCase):
         self.nextList("").answerJson(listOf(rv="90"))
         self.nextWatch("90")
 
+    def test_twiceInARow(self) -> None:
+        """A 410 for the watch that follows the list leads to another list, after a longer pause."""
+        self.watching().event("ERROR", EXPIRED)
+        self.clock.advance(0.8)
+        self.nextList("100").answerJson(listOf(rv="200"))
+        watch = self.nextWatch("200")
+        watch.begin()
+        watch.event("ERROR", EXPIRED)
+        self.clock.advance(1.59)
+        self.nothing()
+        self.clock.advance(0.02)
+        self.nextList("200").answerJson(EXPIRED, 410)
+        self.nextList("")
+
     def test_newestFailsToo(self) -> None:
         """Where even the newest state is refused, there is a pause, and the newest is asked for again."""
         self.start()
@@ -276,6 +212,95 @@ class ExpiredTests(ReflectorCase):
         self.clock.advance(0.8)
         self.nextList("100").reset()
         self.assertEqual(len(self.words.said), 1)
+
+
+class BackInTimeTests(ReflectorCase):
+    """When the server has been restored from a backup."""
+
+    def test_bookmark(self) -> None:
+        """A bookmark from before what is known leads to the newest state, which counts."""
+        watch = self.watching(versioned("web", "1"), rv="500")
+        self.clock.advance(60)
+        watch.event("BOOKMARK", bookmark("400"))
+        self.assertFalse(watch.open)
+        self.clock.advance(0.8)
+        self.nextList("").answerJson(listOf(versioned("db", "2"), rv="410"))
+        self.assertEqual(list(self.words.state["Service"]), ["shop/db"])
+        self.nextWatch("410")
+
+    def test_event(self) -> None:
+        """So does an event, which is not taken over."""
+        watch = self.watching(versioned("web", "1"), rv="500")
+        watch.event("DELETED", versioned("web", "400"))
+        self.assertEqual(list(self.words.state["Service"]), ["shop/web"])
+        self.clock.advance(0.8)
+        self.nextList("")
+
+    def test_list(self) -> None:
+        """A list from before what is known is not said before the newest state is there."""
+        self.watching(versioned("web", "1"), rv="500").event("ERROR", EXPIRED)
+        self.clock.advance(0.8)
+        self.nextList("500").answerJson(listOf(rv="499"))
+        self.assertEqual(list(self.words.state["Service"]), ["shop/web"])
+        self.nextList("").answerJson(listOf(versioned("web", "1"), rv="510"))
+        self.assertEqual(len(self.words.said), 1)
+        self.nextWatch("510")
+
+    def test_safety(self) -> None:
+        """A watch from the future is silent: between half an hour and an hour later the newest state is listed."""
+        for chance, due in ((0.0, 1800), (0.5, 2700)):
+            self.chance = chance
+            watch = self.watching(versioned("web", "1"), rv="500")
+            asked = []
+            while not asked:
+                left = due - self.clock.seconds()
+                self.clock.advance(min(300, left))
+                watch.end()
+                self.clock.advance(0.25)
+                exchange = self.next()
+                if not exchange.watching:
+                    asked.append(exchange)
+                else:
+                    watch = exchange
+                    watch.begin()
+            self.assertLess(abs(self.clock.seconds() - due), 6)
+            self.assertNotIn("resourceVersion", asked[0].query)
+            asked[0].answerJson(listOf(versioned("db", "2"), rv="410"))
+            self.assertEqual(list(self.words.state["Service"]), ["shop/db"])
+            self.nextWatch("410")
+            self.stop()
+            self.setUp()
+
+    def test_safetyFails(self) -> None:
+        """Where the newest state cannot be had, the watch goes on, and it is tried again after five minutes."""
+        self.patch(reflector, "SAFETY_SECONDS", (300, 300))
+        watch = self.watching(versioned("web", "1"))
+        self.clock.advance(300)
+        watch.end()
+        self.nextList("").answerJson({"code": 504, "message": "etcd is down"}, 504)
+        watch = self.nextWatch("100")
+        watch.begin()
+        watch.event("MODIFIED", versioned("web", "101", port=81))
+        self.assertEqual(len(self.words.said), 2)
+        self.clock.advance(300)
+        watch.end()
+        self.nextList("").answerJson(listOf(versioned("web", "101", port=81), rv="102"))
+        self.assertEqual(len(self.words.said), 2)
+        self.nextWatch("102")
+
+    def test_nowhere(self) -> None:
+        """
+        A watch from "0" begins with what is there, in any order: only what follows has a resource version to go on
+        from.
+        """
+        watch = self.watching(rv="0")
+        watch.event("ADDED", versioned("b", "90"))
+        watch.event("ADDED", versioned("a", "50"))
+        self.assertEqual(self.reflector.status()["resourceVersion"], "0")
+        watch.event("MODIFIED", versioned("a", "91"))
+        watch.event("ADDED", versioned("c", "92"))
+        self.assertEqual(self.reflector.status()["resourceVersion"], "92")
+        self.assertEqual(sorted(self.words.state["Service"]), ["shop/a", "shop/b", "shop/c"])
 
 
 class LinkTests(ReflectorCase):
@@ -344,6 +369,20 @@ class LinkTests(ReflectorCase):
         self.nothing()
         self.clock.advance(0.02)
         self.nextWatch("100")
+
+    def test_breaksAgainAndAgain(self) -> None:
+        """Watches that break one after the other, without an event, are tried again after pauses that grow."""
+        watch = self.watching()
+        times = []
+        while self.clock.seconds() < 300:
+            self.clock.advance(2)
+            watch.reset()
+            while not self.network.exchanges:
+                self.clock.advance(0.1)
+            times.append(self.clock.seconds())
+            watch = self.nextWatch("100")
+            watch.begin()
+        self.assertLess(len(times), 16)
 
     def test_listBroken(self) -> None:
         """Half a list is no list."""
@@ -437,6 +476,38 @@ class WatchdogTests(ReflectorCase):
         self.clock.advance(1.1)
         self.assertTrue(watch.aborted)
 
+    def test_trickles(self) -> None:
+        """Bytes that make no event are no sign of life: a connection may trickle for ever."""
+        watch = self.watching()
+        self.clock.advance(60)
+        watch.event("BOOKMARK", bookmark("110"))
+        for _ in range(15):
+            self.assertTrue(watch.open)
+            self.clock.advance(10)
+            watch.chunk(b" ")
+        self.clock.advance(0.1)
+        self.assertTrue(watch.aborted)
+
+    def test_deadForLong(self) -> None:
+        """Through a black hole: found, tried again at once, then with growing pauses, and as before once it is gone."""
+        watch = self.watching()
+        self.clock.advance(60)
+        watch.event("BOOKMARK", bookmark("110"))
+        self.clock.advance(150)
+        self.assertTrue(watch.aborted)
+        self.network.silent = True
+        attempts = self.network.attempts
+        for _ in range(600):
+            self.clock.advance(1)
+        self.assertTrue(5 < self.network.attempts - attempts <= 16, self.network.attempts - attempts)
+        self.network.silent = False
+        self.network.exchanges.clear()
+        came = self.clock.seconds()
+        while not self.network.exchanges:
+            self.clock.advance(1)
+        self.assertLess(self.clock.seconds() - came, 92)
+        self.nextWatch("110")
+
     def test_noBookmarks(self) -> None:
         """Without bookmarks, silence proves nothing."""
         watch = self.watching()
@@ -458,13 +529,90 @@ class RefusalTests(ReflectorCase):
         self.assertIn("429: Too many requests", self.reflector.status()["lastError"])
 
     def test_retryAfter(self) -> None:
-        """A server that says how long to wait is not asked earlier."""
+        """A server that says how long to wait is asked the same again just then: a list or a watch, 429 or 5xx."""
         self.start()
-        self.nextList("0").answer(b"", 503, "text/plain", Retry_After="7")
-        self.clock.advance(6.9)
+        for code in (429, 500, 503, 504):
+            self.nextList("0").answer(b"", code, "text/plain", Retry_After="7")
+            self.clock.advance(6.9)
+            self.nothing()
+            self.clock.advance(0.2)
+        self.nextList("0").answerJson(listOf())
+        for code in (429, 503):
+            self.nextWatch("100").answer(b"", code, "text/plain", Retry_After="3")
+            self.clock.advance(2.9)
+            self.nothing()
+            self.clock.advance(0.2)
+        self.nextWatch("100")
+
+    def test_retryAfterTenTimes(self) -> None:
+        """It is not asked in that way for ever: after ten times the pauses are our own, for a watch and a list."""
+        self.start()
+        for _ in range(10):
+            self.nextList("0").answer(b"", 503, "text/plain", Retry_After="1")
+            self.clock.advance(1)
+        self.nextList("0").answer(b"", 503, "text/plain", Retry_After="1")
+        self.clock.advance(0.99)
         self.nothing()
-        self.clock.advance(0.2)
+        self.clock.advance(0.02)
+        self.nextList("0").answerJson(listOf())
+        for _ in range(10):
+            self.nextWatch("100").answer(b"", 503, "text/plain", Retry_After="1")
+            self.clock.advance(1)
+        self.nextWatch("100").answer(b"", 503, "text/plain", Retry_After="1")
+        self.clock.advance(2)
+        self.nextList("100")
+
+    def test_strangeRetryAfter(self) -> None:
+        """A time of zero is a second, one of days five minutes, a date or a minus counts for nothing."""
+        for said, pause in (("0", 1.0), ("9999999", 300.0), ("-5", 0.8), ("Wed, 21 Oct 2026 07:28:00 GMT", 1.6)):
+            self.start()
+            self.nextList("0").answer(b"", 503, "text/plain", Retry_After=said)
+            self.clock.advance(pause - 0.01)
+            self.nothing()
+            self.clock.advance(0.02)
+            self.nextList("0")
+            self.stop()
+
+    def test_retryAfterOfOthers(self) -> None:
+        """Only 429 and errors of the server may say when to come back."""
+        self.start()
+        self.nextList("0").answer(b"", 403, "text/plain", Retry_After="100")
+        self.clock.advance(0.8)
         self.nextList("0")
+
+    def test_badVersion(self) -> None:
+        """A resource version that the server calls wrong is not asked for again: the newest state is."""
+        self.watching().event("ERROR", EXPIRED)
+        self.clock.advance(0.8)
+        self.nextList("100").answerJson({"kind": "Status", "code": 400, "reason": "BadRequest", "message": "rv"}, 400)
+        self.clock.advance(1.6)
+        self.nextList("").answerJson(listOf())
+        self.nextWatch("100")
+
+    def test_notAcceptable(self) -> None:
+        """A 406 is a reason to wait, told in the server's words."""
+        self.start()
+        self.nextList("0").answer(b"only protobuf here\n", 406, "text/plain")
+        self.assertIn("406: only protobuf here", self.reflector.status()["lastError"])
+        self.clock.advance(0.8)
+        self.nextList("0")
+
+    def test_sameErrorOnceAMinute(self) -> None:
+        """What goes wrong all the time is logged once a minute, also where two errors take turns."""
+        said: list[str] = []
+        observer = lambda event: said.append(event.get("error", ""))  # noqa: E731
+        globalLogPublisher.addObserver(observer)
+        self.addCleanup(globalLogPublisher.removeObserver, observer)
+        self.start()
+        answers = 0
+        while self.clock.seconds() < 300:
+            for exchange in list(self.network.exchanges):
+                self.network.exchanges.remove(exchange)
+                answers += 1
+                exchange.answerJson({"kind": "Status", "code": 403, "message": f"no {answers % 2}"}, 403)
+            self.clock.advance(0.5)
+        self.assertGreater(answers, 10)
+        self.assertLessEqual(len([it for it in said if "403" in it]), 12)
 
     def test_forbidden(self) -> None:
         """A 403, as a starting server gives it for a moment, is waited out and changes nothing that was said."""
@@ -569,7 +717,7 @@ class UnexpectedTests(ReflectorCase):
                 raise failures.pop()
             say(word)
 
-        self.reflector._say = raising
+        self.reflector._known._say = raising
         self.start()
         self.nextList("0").answerJson(listOf())
         self.assertEqual(len(self.flushLoggedErrors(ValueError)), 1)
@@ -583,38 +731,6 @@ class UnexpectedTests(ReflectorCase):
         self.assertFalse(watch.open)
         self.clock.advance(1.6)
         self.nextList("101")
-
-
-class CompressedTests(ReflectorCase):
-    """Large lists come compressed."""
-
-    def compressed(self, body: bytes) -> Exchange:
-        self.start()
-        exchange = self.nextList("0")
-        self.assertIn("gzip", exchange.headers["accept-encoding"])
-        exchange.answer(body, Content_Encoding="gzip")
-        return exchange
-
-    def test_list(self) -> None:
-        """A compressed list is a list."""
-        self.compressed(gzip.compress(json.dumps(listOf(versioned("web", "1"))).encode()))
-        self.assertEqual(list(self.words.state["Service"]), ["shop/web"])
-
-    def test_broken(self) -> None:
-        """One that is cut or not compressed at all is no list."""
-        body = gzip.compress(json.dumps(listOf(versioned("web", "1"))).encode())
-        for broken in (body[:-40], b"no gzip"):
-            self.compressed(broken)
-            self.assertEqual(self.words.said, [])
-            self.assertEqual(self.reflector.status()["state"], "waiting")
-            self.stop()
-
-    def test_bomb(self) -> None:
-        """What inflates beyond the limit is not read to its end."""
-        self.patch(client, "BODY_LIMIT", 1_000_000)
-        exchange = self.compressed(gzip.compress(b" " * 5_000_000))
-        self.assertIn("1000000 bytes", self.reflector.status()["lastError"])
-        self.assertFalse(exchange.open)
 
 
 class AgeTests(ReflectorCase):
@@ -710,7 +826,7 @@ class StopTests(ReflectorCase):
             say(word)
             self.stop()
 
-        self.reflector._say = stopping
+        self.reflector._known._say = stopping
         watch.chunk(
             b'{"type":"DELETED","object":{"metadata":{"name":"a","namespace":"b","resourceVersion":"101"}}}\n'
             b'{"type":"DELETED","object":{"metadata":{"name":"c","namespace":"b","resourceVersion":"102"}}}\n'
@@ -728,7 +844,7 @@ class StopTests(ReflectorCase):
             say(word)
             self.stop()
 
-        self.reflector._say = stopping
+        self.reflector._known._say = stopping
         self.nextList("0").answerJson(listOf())
         self.nothing()
         self.assertEqual(self.reflector.status()["state"], "stopped")
@@ -738,8 +854,8 @@ class StopTests(ReflectorCase):
         self.watching().event("BOOKMARK", bookmark("110"))
         self.stop()
         self.start()
-        self.nextList("110").answerJson(listOf())
-        self.nextWatch("100")
+        self.nextList("110").answerJson(listOf(rv="120"))
+        self.nextWatch("120")
 
 
 class BackoffTests(SynchronousTestCase):

@@ -98,7 +98,8 @@ class EndpointHints(Struct, frozen=True):
     forNodes: list[ForNode] | None = None
 
 
-class SliceEndpoint(Struct, frozen=True):
+# There are very many of these, and none is ever part of a cycle: garbage collection passes them over.
+class SliceEndpoint(Struct, frozen=True, gc=False):
     addresses: list[str] | None = None
     conditions: EndpointConditions | None = None
     nodeName: str | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from random import random as anyNumber
-from typing import Any
+from typing import Any, Protocol
 
 from twisted.application.service import Service
 from twisted.internet.defer import Deferred
@@ -17,18 +17,31 @@ from ..core.wire import HEADLESS_LABEL, PROXY_NAME_LABEL
 from ..interfaces import IChannel, ISource, NotAvailable
 from . import kubeconfig
 from .agent import ApiAgent, TlsPolicy
-from .client import ApiClient, Resource
+from .client import LIMITS, ApiClient, Limits, Resource
+from .contact import Contact, Outage
 from .credentials import SERVICE_ACCOUNT, ApiAccess, IApiOptions, explicit, inCluster
 from .reflector import Reflector
+
+
+class IWatchOptions(IApiOptions, Protocol):
+    """What is read of a ``[source:NAME]`` section beyond how to reach the server."""
+
+    @property
+    def watchList(self) -> str: ...
 
 
 def resources(nodeName: str, proxyName: str = "") -> tuple[Resource, ...]:
     """
     What a service proxy reads. Selectors keep what is not for it on the server (``kubernetes/pkg/proxy``, and
-    KEP-2447 for ``service-proxy-name``).
+    KEP-2447 for ``service-proxy-name``). A server older than 1.21 has its slices elsewhere, or only Endpoints.
 
     :param proxyName: serve the Services that carry this name, instead of those that carry none.
     """
+    v1beta1 = Resource("EndpointSlice", "/apis/discovery.k8s.io/v1beta1/endpointslices", f"!{HEADLESS_LABEL}")
+    endpoints = Resource("Endpoints", "/api/v1/endpoints", f"!{HEADLESS_LABEL}")
+    slices = Resource(
+        "EndpointSlice", "/apis/discovery.k8s.io/v1/endpointslices", f"!{HEADLESS_LABEL}", instead=(v1beta1, endpoints)
+    )
     return (
         Resource(
             "Service",
@@ -36,9 +49,7 @@ def resources(nodeName: str, proxyName: str = "") -> tuple[Resource, ...]:
             labelSelector=f"{PROXY_NAME_LABEL}={proxyName}" if proxyName else f"!{PROXY_NAME_LABEL}",
             fieldSelector="spec.clusterIP!=None",
         ),
-        Resource(
-            "EndpointSlice", "/apis/discovery.k8s.io/v1/endpointslices", labelSelector=f"!{HEADLESS_LABEL}"
-        ),
+        slices,
         Resource("Node", "/api/v1/nodes", fieldSelector=f"metadata.name={nodeName}"),
     )
 
@@ -77,6 +88,7 @@ class ApiSource(Service):
     :param proxyName: see :func:`resources`.
     :param agent: sends the requests; by default one that the access makes. Where it has a ``close``, that ends it.
     :param random: gives numbers in [0, 1).
+    :param limits: how long to wait for a silent server.
     :raise NotAvailable: where the options lead nowhere: an unreadable kubeconfig, a key that does not fit.
     """
 
@@ -87,7 +99,7 @@ class ApiSource(Service):
         self,
         reactor: Any,
         name: str,
-        options: IApiOptions,
+        options: IWatchOptions,
         channel: IChannel,
         *,
         nodeName: str,
@@ -96,17 +108,22 @@ class ApiSource(Service):
         random: Callable[[], float] | None = None,
         environ: Mapping[str, str] | None = None,
         serviceAccount: str = SERVICE_ACCOUNT,
+        limits: Limits = LIMITS,
     ) -> None:
         if not nodeName:
             raise NotAvailable(f"source {name}: the name of this node is not known")
         self.name = name
         self._access = accessFor(name, options, os.environ if environ is None else environ, serviceAccount)
         self._agent: Any = ApiAgent(reactor, self._access) if agent is None else agent
-        client = ApiClient(reactor, self._access, self._agent)
+        client = ApiClient(reactor, self._access, self._agent, limits)
         self._reflectors = {
-            resource.kind: Reflector(reactor, client, resource, name, channel.say, random or anyNumber)
+            resource.kind: Reflector(
+                reactor, client, resource, name, channel.say, random or anyNumber,
+                streaming=options.watchList == "auto",
+            )
             for resource in resources(nodeName, proxyName)
         }
+        self._contact = Contact(reactor, name, self._outages)
 
     def startService(self) -> None:
         super().startService()  # type: ignore[no-untyped-call]
@@ -118,12 +135,14 @@ class ApiSource(Service):
         )
         if not self._access.secure:
             self.log.warn("{server} is asked without TLS, so no credentials are sent", server=self._access.server)
+        self._contact.start()
         for reflector in self._reflectors.values():
             reflector.start()
 
     def stopService(self) -> Deferred[None] | None:
         """Fires once no connection is left. Nothing is said any more once this has returned."""
         super().stopService()  # type: ignore[no-untyped-call]
+        self._contact.stop()
         for reflector in self._reflectors.values():
             reflector.stop()
         close = getattr(self._agent, "close", None)
@@ -133,6 +152,14 @@ class ApiSource(Service):
     def ages(self) -> Mapping[str, float | None]:
         """See :meth:`ISource.ages`."""
         return {kind: reflector.age() for kind, reflector in self._reflectors.items()}
+
+    def counters(self) -> Mapping[str, Mapping[str, int]]:
+        """For each kind what only grows, by name: for metrics."""
+        return {kind: reflector.counters() for kind, reflector in self._reflectors.items()}
+
+    def _outages(self) -> dict[str, Outage]:
+        found = ((kind, reflector.outage()) for kind, reflector in self._reflectors.items())
+        return {kind: outage for kind, outage in found if outage is not None}
 
     def status(self) -> Mapping[str, Any]:
         """See :meth:`ISource.status`."""

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
 from twisted.internet.interfaces import IReactorTime
+from twisted.internet.task import deferLater
+
+from .errors import Denied
+
+#: How many times a request is repeated because the server says when to.
+REPEATS = 10
+#: Seconds that such a repetition waits, at least and at most, whatever the server says.
+POSTPONED = (1.0, 300.0)
+_T = TypeVar("_T")
 
 
 class Backoff:
@@ -45,3 +55,21 @@ class Backoff:
         pause = self._pause
         self._pause = min(pause * self._factor, self._most)
         return pause * (1.0 + self._jitter * self._random())
+
+
+async def patiently(clock: IReactorTime, request: Callable[[], Awaitable[_T]], told: Callable[[Denied], None]) -> _T:
+    """
+    Make a request; where the answer is 429 or an error of the server and says ``Retry-After``, make it again just
+    then, as client-go does (``rest/with_retry.go``): whoever is told when to come back has not failed yet.
+
+    :param told: is told of each such answer.
+    """
+    for _ in range(REPEATS):
+        try:
+            return await request()
+        except Denied as error:
+            if error.postponed is None:
+                raise
+            told(error)
+            await deferLater(clock, min(max(error.postponed, POSTPONED[0]), POSTPONED[1]))
+    return await request()

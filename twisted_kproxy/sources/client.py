@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from http.cookiejar import DefaultCookiePolicy
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import urlencode
 
 from hyperlink import URL
@@ -15,27 +15,54 @@ from msgspec import Struct
 from treq.client import HTTPClient
 from treq.cookies import IndexableCookieJar
 from twisted.internet.defer import CancelledError, Deferred
-from twisted.internet.interfaces import IDelayedCall, IReactorTime
-from twisted.internet.protocol import Protocol as BaseProtocol
-from twisted.internet.protocol import connectionDone
+from twisted.internet.interfaces import IReactorTime
+from twisted.internet.task import deferLater
 from twisted.python.failure import Failure
-from twisted.web.client import ResponseDone
 from twisted.web.iweb import IAgent, IResponse
 
 from .. import __version__
 from ..core.values import Kind
 from ..interfaces import KproxyError, NotAvailable
 from . import errors
+from .body import Body, Unwanted
+from .compression import Inflater, Undecoded, inflaterFor
 from .credentials import ApiAccess, BearerToken
-from .stream import Listing, decodeListing
+from .stream import Listing, ListingReader
 
-#: Seconds until the headers of an answer must be there, connecting included.
-HEADERS_TIMEOUT = 30.0
-#: Seconds without a byte after which a body that should flow is given up.
-IDLE_TIMEOUT = 60.0
-#: Bytes of a list, once inflated.
-BODY_LIMIT = 256 * 1024 * 1024
+#: Seconds that a list is decoded for before others get their turn.
+TURN = 0.01
 _ERROR_LIMIT = 64 * 1024
+
+
+class Limits(Struct, frozen=True):
+    """
+    How long to wait for a server that says nothing. HTTP/1.1 has no ping: only such limits find a dead link. All are
+    seconds of the monotonic clock.
+
+    :ivar headers: until the headers of an answer must be there, connecting included.
+    :ivar idle: without a byte, within the body of a list.
+    :ivar total: for the whole body of a list: one that trickles would never end.
+    :ivar error: for the whole body of an error.
+    :ivar size: bytes of the body of a list, once inflated.
+    :ivar silence: without an event, on a watch that gets bookmarks (about one a minute); at least twice the longest
+        time between two of them.
+    :ivar grace: beyond the time that a watch was asked to last.
+    :ivar initial: without an event, while the initial state of a streaming list is awaited.
+    :ivar initialTotal: for the whole of that.
+    """
+
+    headers: float = 30.0
+    idle: float = 60.0
+    total: float = 300.0
+    error: float = 30.0
+    size: int = 256 * 1024 * 1024
+    silence: float = 150.0
+    grace: float = 30.0
+    initial: float = 30.0
+    initialTotal: float = 300.0
+
+
+LIMITS = Limits()
 
 
 class Resource(Struct, frozen=True):
@@ -43,106 +70,23 @@ class Resource(Struct, frozen=True):
     What is listed and watched.
 
     :ivar path: of the collection, below the server's URL.
+    :ivar instead: what to read of a server that does not have this, the best first.
     """
 
     kind: Kind
     path: str
     labelSelector: str = ""
     fieldSelector: str = ""
-
-
-class _Transport(Protocol):
-    def loseConnection(self) -> None: ...
-
-
-class Body(BaseProtocol):
-    """
-    Takes the body of an answer as it comes. :attr:`done` fires with ``None`` at its regular end and fails with one of
-    :mod:`~twisted_kproxy.sources.errors`, or with whatever ``received`` raises; cancelling it, as every other end,
-    cuts the connection at once.
-
-    :param received: called with each piece.
-    :param idle: seconds without a byte after which it is given up.
-    :param limit: of the whole, in bytes.
-    """
-
-    def __init__(
-        self,
-        clock: IReactorTime,
-        received: Callable[[bytes], None],
-        idle: float | None = None,
-        limit: int | None = None,
-    ) -> None:
-        self.done: Deferred[None] | None = Deferred(lambda _: self._forget())
-        self._received = received
-        self._idle = idle
-        self._limit = limit
-        self._size = 0
-        self._timer: IDelayedCall | None = None
-        if idle is not None:
-            self._timer = clock.callLater(idle, self._silent)
-
-    def dataReceived(self, data: bytes) -> None:
-        if self.done is None:
-            return
-        if self._timer is not None and self._idle is not None:
-            self._timer.reset(self._idle)
-        self._size += len(data)
-        if self._limit is not None and self._size > self._limit:
-            self.abort(errors.Unusable(f"the answer is longer than {self._limit} bytes"))
-            return
-        try:
-            self._received(data)
-        except Exception as error:
-            self.abort(error)
-
-    def connectionLost(self, reason: Failure = connectionDone) -> None:
-        done = self._take()
-        if done is None:
-            return
-        if isinstance(reason.value, ResponseDone):
-            done.callback(None)
-        else:
-            # PotentialDataLoss too: an answer without length or chunks ends with its connection, complete or not.
-            done.errback(errors.ConnectionLost(f"the answer broke off: {errors.why(reason.value)}"))
-
-    def abort(self, error: Exception) -> None:
-        """Cut it; :attr:`done` fails with that error."""
-        done = self._take()
-        if done is not None:
-            cut(self.transport)
-            done.errback(error)
-
-    def _forget(self) -> None:
-        # Forget the Deferred first: closing the transport may report back at once.
-        self._take()
-        cut(self.transport)
-
-    def _take(self) -> Deferred[None] | None:
-        done, self.done = self.done, None
-        if self._timer is not None:
-            timer, self._timer = self._timer, None
-            if timer.active():
-                timer.cancel()
-        return done
-
-    def _silent(self) -> None:
-        self.abort(errors.TimedOut(f"no byte of the answer for {self._idle:g} s"))
-
-
-def cut(transport: Any) -> None:
-    """Cut a connection without waiting for the peer: over a dead link TLS would never finish its good-bye."""
-    if transport is not None:
-        abort = getattr(transport, "abortConnection", None) or transport.loseConnection
-        abort()
+    instead: tuple[Resource, ...] = ()
 
 
 class Watch:
     """A watch that the server has begun to answer."""
 
-    def __init__(self, clock: IReactorTime, response: IResponse) -> None:
+    def __init__(self, clock: IReactorTime, response: IResponse, inflater: Inflater | None) -> None:
         self._clock = clock
         self._response = response
+        self._inflater = inflater
         self._body: Body | None = None
 
     def deliver(self, received: Callable[[bytes], None]) -> Deferred[None]:
@@ -152,7 +96,7 @@ class Watch:
         :return: fires at the regular end of the stream; fails with :class:`~.errors.ConnectionLost`, with what
             ``received`` raises, or with what :meth:`abort` was given.
         """
-        self._body = Body(self._clock, received)
+        self._body = Body(self._clock, received, inflater=self._inflater)
         done = self._body.done
         assert done is not None
         self._response.deliverBody(self._body)  # type: ignore[no-untyped-call]
@@ -178,20 +122,29 @@ class ApiClient:
     :param agent: how requests are sent.
     """
 
-    def __init__(self, clock: IReactorTime, access: ApiAccess, agent: IAgent) -> None:
+    def __init__(self, clock: IReactorTime, access: ApiAccess, agent: IAgent, limits: Limits = LIMITS) -> None:
         self._clock = clock
         self._access = access
         self._token = BearerToken(clock, access)
         cookies = IndexableCookieJar(policy=DefaultCookiePolicy(allowed_domains=()))
-        self._http = HTTPClient(agent, cookiejar=cookies)
+        self._http = HTTPClient(Undecoded(agent), cookiejar=cookies)
+        self.limits = limits
 
-    async def list(self, resource: Resource, resourceVersion: str = "", limit: int = 0, next: str = "") -> Listing:
+    async def list(
+        self,
+        resource: Resource,
+        resourceVersion: str = "",
+        limit: int = 0,
+        next: str = "",
+        known: Mapping[str, Any] | None = None,
+    ) -> Listing:
         """
-        List a collection, or one page of it.
+        List a collection, or one page of it. Reading a long one gives others their turn in between.
 
         :param resourceVersion: ``"0"`` for whatever the server has at hand, ``""`` for the newest, else not older.
         :param limit: items of one page; ``0`` for all.
         :param next: the token of a page before; no resource version may go with it.
+        :param known: objects by key: one that is equal comes back as the very same.
         :raise KproxyError: one of :mod:`~twisted_kproxy.sources.errors`.
         """
         query = {}
@@ -201,14 +154,27 @@ class ApiClient:
             query["resourceVersion"] = resourceVersion
         if limit:
             query["limit"] = str(limit)
-        response = await self._get(resource, query)
-        return decodeListing(resource.kind, await self._content(response, BODY_LIMIT))
+        response = await self._get(resource, query, "gzip")
+        limits = self.limits
+        body = await self._content(response, limits.size, limits.idle, limits.total)
+        reader = ListingReader(resource.kind, body, known)
+        del body
+        turn = self._clock.seconds() + TURN
+        while reader.read():
+            if self._clock.seconds() >= turn:
+                await deferLater(self._clock, 0)
+                turn = self._clock.seconds() + TURN
+        return reader.listing
 
-    async def watch(self, resource: Resource, resourceVersion: str, timeoutSeconds: int) -> Watch:
+    async def watch(
+        self, resource: Resource, resourceVersion: str, timeoutSeconds: int, initialEvents: bool = False
+    ) -> Watch:
         """
         Ask for everything that changes after a resource version.
 
         :param timeoutSeconds: after which the server ends it.
+        :param initialEvents: what is there comes first, as if it were new, up to a bookmark that is marked (KEP-3157).
+            The resource version then says how old that may be at most; ``""`` for not at all.
         :raise KproxyError: one of :mod:`~twisted_kproxy.sources.errors`.
         """
         query = {
@@ -217,9 +183,15 @@ class ApiClient:
             "resourceVersion": resourceVersion,
             "timeoutSeconds": str(timeoutSeconds),
         }
-        return Watch(self._clock, await self._get(resource, query))
+        if initialEvents:
+            query |= {"sendInitialEvents": "true", "resourceVersionMatch": "NotOlderThan"}
+            if not resourceVersion:
+                del query["resourceVersion"]
+        # Compressed, an event might wait in a buffer for the next one.
+        response = await self._get(resource, query, "identity")
+        return Watch(self._clock, response, self._inflater(response))
 
-    async def _get(self, resource: Resource, query: Mapping[str, str]) -> IResponse:
+    async def _get(self, resource: Resource, query: Mapping[str, str], encoding: str) -> IResponse:
         """An answer that says 200 and is JSON, its body still to come."""
         asked = dict(query)
         if resource.labelSelector:
@@ -229,7 +201,9 @@ class ApiClient:
         url = f"{self._access.server}{resource.path}"
         if asked:
             url += "?" + urlencode(asked)
-        headers = {"Accept": "application/json", "User-Agent": f"kproxy/{__version__}"}
+        headers = {
+            "Accept": "application/json", "Accept-Encoding": encoding, "User-Agent": f"kproxy/{__version__}",
+        }
         token = self._token.current()
         if token:
             headers["Authorization"] = f"Bearer {token}"
@@ -259,7 +233,7 @@ class ApiClient:
 
     def _headers(self, sent: Deferred[Any]) -> Deferred[IResponse]:
         """
-        What was sent, within :data:`HEADERS_TIMEOUT`. Cancelling tells at once, and closes what is there to close:
+        What was sent, within :attr:`Limits.headers`. Cancelling tells at once, and closes what is there to close:
         what the agent itself says to being cancelled differs from state to state.
         """
         waiting = True
@@ -277,14 +251,14 @@ class ApiClient:
         def late() -> None:
             leave()
             sent.cancel()
-            answer.errback(errors.TimedOut(f"no answer within {HEADERS_TIMEOUT:g} s"))
+            answer.errback(errors.TimedOut(f"no answer within {self.limits.headers:g} s"))
 
         def arrived(response: IResponse) -> None:
             if waiting:
                 leave()
                 answer.callback(response)
             else:
-                response.deliverBody(_Unwanted())  # type: ignore[no-untyped-call]
+                response.deliverBody(Unwanted())  # type: ignore[no-untyped-call]
 
         def failed(reason: Failure) -> None:
             if waiting:
@@ -292,24 +266,32 @@ class ApiClient:
                 answer.errback(reason)
 
         answer: Deferred[IResponse] = Deferred(cancelled)
-        timer = self._clock.callLater(HEADERS_TIMEOUT, late)
+        timer = self._clock.callLater(self.limits.headers, late)
         sent.addCallbacks(arrived, failed)
         return answer
 
-    async def _content(self, response: IResponse, limit: int) -> bytes:
+    async def _content(self, response: IResponse, limit: int, idle: float, total: float) -> bytes:
         parts: list[bytes] = []
-        body = Body(self._clock, parts.append, IDLE_TIMEOUT, limit)
+        body = Body(self._clock, parts.append, idle, limit, total, self._inflater(response))
         done = body.done
         assert done is not None
         response.deliverBody(body)  # type: ignore[no-untyped-call]
         await done
         return b"".join(parts)
 
+    @staticmethod
+    def _inflater(response: IResponse) -> Inflater | None:
+        try:
+            return inflaterFor(response)
+        except errors.Unusable:
+            response.deliverBody(Unwanted())  # type: ignore[no-untyped-call]
+            raise
+
     async def _refusal(self, response: IResponse) -> errors.Denied:
         """The error that an answer with another code than 200 is."""
         where = _header(response, b"location")
         try:
-            body = await self._content(response, _ERROR_LIMIT)
+            body = await self._content(response, _ERROR_LIMIT, self.limits.error, self.limits.error)
         except KproxyError:
             body = b""
         if 300 <= response.code < 400:
@@ -319,13 +301,6 @@ class ApiClient:
         return errors.denied(
             response.code, _header(response, b"content-type"), body, _seconds(_header(response, b"retry-after"))
         )
-
-
-class _Unwanted(BaseProtocol):
-    """Takes a body that nobody waits for any more."""
-
-    def connectionMade(self) -> None:
-        cut(self.transport)
 
 
 def _header(response: IResponse, name: bytes) -> str:

@@ -33,13 +33,25 @@ class Denied(ApiError):
         super().__init__(code, reason, message)
         self.retryAfter = retryAfter
 
+    @property
+    def postponed(self) -> float | None:
+        """Seconds after which the same request may be made again, where the server asks for just that."""
+        return self.retryAfter if self.code == 429 or self.code >= 500 else None
+
 
 class Expired(Denied):
     """410: the resource version is older than what the server remembers. A new list is needed."""
 
 
 class TooLargeResourceVersion(Denied):
-    """504 with that cause: this API server has not seen the resource version yet that another one gave out."""
+    """
+    504 with that cause: this API server has not seen the resource version yet that another one gave out. It has
+    waited for it already, and asks to be asked again; but it may never come.
+    """
+
+    @property
+    def postponed(self) -> None:
+        return None
 
 
 class Unauthorized(Denied):
@@ -72,6 +84,14 @@ class TimedOut(LinkError):
 
 class Unusable(KproxyError):
     """An answer that cannot be understood as what was asked for."""
+
+
+class WentBack(Unusable):
+    """The server's resource version is an earlier one than before, as after restoring a backup."""
+
+
+class NotStreamed(Unusable):
+    """A streaming list whose end the server does not mark: it does not know such lists."""
 
 
 class StreamError(Unusable):

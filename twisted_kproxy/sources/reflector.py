@@ -1,80 +1,64 @@
 """
-Keeps what is known of one kind in agreement with the API server: list once, then watch from there on. The rules are
-those of client-go's Reflector (``k8s.io/client-go/tools/cache/reflector.go``).
+Keeps what is known of one kind in agreement with the API server: have the state, then watch from there on. The rules
+are those of client-go's Reflector (``k8s.io/client-go/tools/cache/reflector.go``), with a guard against lists that
+would take everything away. :file:`docs/api-client.rst` tells them as a table.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from enum import Enum
 from typing import Any
 
 from twisted.internet.defer import CancelledError, Deferred
-from twisted.internet.interfaces import IDelayedCall, IReactorTime
+from twisted.internet.interfaces import IReactorTime
 from twisted.internet.task import deferLater
-from twisted.logger import Logger, LogLevel
+from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from ..core.values import Change, Rejected, Replaced, Word
+from ..core.values import Word
 from ..interfaces import KproxyError
 from . import errors
-from .backoff import Backoff
-from .client import ApiClient, Resource, Watch
-from .stream import Bad, Bookmark, Failed, Gone, Listing, Set, Unknown, WatchEvent, WatchStream
+from .backoff import Backoff, patiently
+from .client import ApiClient, Resource
+from .contact import Outage
+from .journal import Journal
+from .knowledge import Knowledge
+from .lister import Lister
+from .routes import Routes
+from .store import Guard, earlier
+from .stream import Listing
+from .watcher import Watcher
 
-#: Seconds that a watch is asked to last: uniform in between, so that those of many nodes do not end together.
-WATCH_SECONDS = (300, 600)
+#: Seconds that a watch is asked to last: uniform in between, so that those of many nodes do not end together; and the
+#: least, where something else is due before.
+WATCH_SECONDS, LEAST_SECONDS = (300, 600), 5
 #: Seconds between the starts of two watches, at least.
 RESTART_FLOOR = 0.25
 #: A watch that brought nothing and lasted less is an error: it would otherwise be repeated without end.
 SHORT_WATCH = 1.0
-#: Seconds beyond its asked time after which a watch is given up.
-GRACE = 30.0
-#: Seconds without a byte after which a watch that gets bookmarks (about one a minute) is given up.
-SILENCE = 150.0
-#: The same message is logged once in so many seconds.
-LOG_EVERY = 60.0
+#: Seconds after which the newest state is listed again although nothing seems wrong: after a restore from a backup, a
+#: server may take a watch from the future, and say nothing (kubernetes#107457). Uniform in between.
+SAFETY_SECONDS = (1800, 3600)
+#: Seconds before a list that would remove most objects is confirmed by a second one.
+CONFIRM_AFTER = 10.0
+#: Seconds for which a server that does not know streaming lists is not asked for one again.
+UNSTREAMED = 3600.0
+#: Seconds after which the newest state is listed again where that has failed. Meanwhile the watch goes on.
+SAFETY_RETRY = 300.0
 
 
-class _Watchdog:
-    """
-    Gives a watch up when its link is dead. HTTP/1.1 has no ping: the server's bookmarks are its sign of life.
+class Step(Enum):
+    """What to do next. Each step says which one follows."""
 
-    :param deadline: seconds until it is given up in any case.
-    """
+    SYNC = "have the whole state, by whatever way"
+    STREAM = "have it as the beginning of a watch"
+    LIST = "have it as a list"
+    WATCH = "follow what changes"
 
-    def __init__(self, clock: IReactorTime, watch: Watch, deadline: float, silence: float | None) -> None:
-        self._clock = clock
-        self._watch = watch
-        self._silence = silence
-        self._late: IDelayedCall = clock.callLater(deadline, self._expired, f"it did not end within {deadline:g} s")
-        self._silent: IDelayedCall | None = None
-        self.heard()
 
-    def heard(self) -> None:
-        """A byte came."""
-        if self._silence is None:
-            return
-        if self._silent is None:
-            self._silent = self._clock.callLater(self._silence, self._quiet)
-        else:
-            self._silent.reset(self._silence)
-
-    def expect(self, silence: float) -> None:
-        """From now on, that many seconds without a byte are too many."""
-        self._silence = silence
-        self.heard()
-
-    def stop(self) -> None:
-        for call in (self._late, self._silent):
-            if call is not None and call.active():
-                call.cancel()
-
-    def _quiet(self) -> None:
-        self._expired(f"nothing came for {self._silence:g} s")
-
-    def _expired(self, why: str) -> None:
-        self.stop()
-        self._watch.abort(errors.TimedOut(f"the watch is given up: {why}"))
+class _Doubted(Exception):
+    """What came as the initial state of a watch has to be confirmed first."""
 
 
 class Reflector:
@@ -84,8 +68,7 @@ class Reflector:
     :param source: the source's name, for the words.
     :param say: takes the words.
     :param random: gives numbers in [0, 1).
-    :ivar heard: when the server last proved that nothing is missing here: a list, an event, a bookmark, the regular
-        end of a watch. A connection that is just up proves nothing. ``None``: never.
+    :param streaming: whether to ask for streaming lists (KEP-3157), which cost the server far less.
     """
 
     log = Logger()
@@ -99,252 +82,318 @@ class Reflector:
         say: Callable[[Word], None],
         random: Callable[[], float],
         backoff: Backoff | None = None,
+        streaming: bool = False,
     ) -> None:
         self._clock = clock
         self._client = client
-        self._resource = resource
-        self._source = source
-        self._say = say
         self._random = random
         self._backoff = backoff or Backoff(clock, random)
-        self._rv = ""
-        # The server cannot answer for our resource version: ask it for its newest state.
-        self._unavailable = False
-        self._bookmarkGap: float | None = None
-        self._rejected: dict[str, str] = {}
-        self._lastLogged: tuple[str, float] | None = None
-        self._state = "new"
-        self._lastError = ""
-        self._lists = self._watches = self._events = 0
-        self.heard: float | None = None
+        self._routes = Routes(clock, resource)
+        self._journal = Journal(clock, source, resource.kind)
+        self._lister = Lister(client)
+        self._known = Knowledge(
+            clock, source, say, self._routes, self._journal, client.limits.initial, self._complete
+        )
+        self._watcher = Watcher(clock, client, self._opened, self._known.take, self._postponed)
+        self._guard = Guard()
+        self._steps: dict[Step, Callable[[], Awaitable[Step]]] = {
+            Step.SYNC: self._sync, Step.STREAM: self._stream, Step.LIST: self._list, Step.WATCH: self._watch,
+        }
+        # Only the newest state will do: the server cannot answer for our resource version, or is not to be believed.
+        self._newest = False
+        self._streamAt: float | None = 0.0 if streaming else None
+        self._safetyAt = 0.0
+        self._watchedAt: float | None = None
+        self._barren = 0
         self._running: Deferred[None] | None = None
-        self._stopping = False
+
+    # --- running
 
     def start(self) -> None:
-        """Begin :meth:`run`, with a list. What was heard before a stop stays."""
-        self._stopping = False
+        """Begin :meth:`run`, with the whole state. What was heard before a stop stays."""
+        self._known.silenced = False
+        self._known.doubt()
+        self._watchedAt = None
         running = Deferred.fromCoroutine(self.run())
         running.addErrback(self._ended)
         self._running = running
 
     def stop(self) -> None:
         """End it. Once this returns nothing is said any more, and no timer and no connection is left."""
-        self._stopping = True
+        self._known.silenced = True
         running, self._running = self._running, None
         if running is not None:
             running.cancel()
 
     def _ended(self, reason: Failure) -> None:
         if not isinstance(reason.value, CancelledError):
-            self.log.failure("The reflector of {kind} has died", reason, kind=self._resource.kind)
+            self.log.failure("The reflector of {kind} has died", reason, kind=self._known.kind)
 
     async def run(self) -> None:
-        """List, watch, and again, until cancelled. Whatever goes wrong ends here, and nothing said is taken back."""
+        """Step by step, until cancelled. Whatever goes wrong ends here, and nothing said is taken back."""
+        step = Step.SYNC
         try:
             while True:
                 try:
-                    await self._list()
-                    await self._follow()
+                    step = await self._steps[step]()
                 except CancelledError:
                     raise
                 except Exception as error:
-                    self.log.failure("Listing {kind} anew after an unexpected error", kind=self._resource.kind)
+                    self.log.failure("Asking for all {kind} anew after an unexpected error", kind=self._known.kind)
+                    self._known.doubt()
                     await self._pause(error)
+                    step = Step.SYNC
         finally:
-            self._state = "stopped"
+            self._journal.state = "stopped"
+
+    async def _sync(self) -> Step:
+        streaming = self._streamAt is not None and self._clock.seconds() >= self._streamAt
+        return Step.STREAM if streaming and not self._newest else Step.LIST
+
+    # --- the whole state
+
+    async def _list(self) -> Step:
+        """List all of it."""
+        self._journal.state = "confirming" if self._guard.alarm else "listing"
+        newest = self._newest
+        # "0": the first list may come from the server's cache, which spares etcd when all nodes start at once.
+        rv = "" if newest else self._known.rv or "0"
+        try:
+            listing = await self._listed(rv)
+        except (errors.Expired, errors.TooLargeResourceVersion) as error:
+            return await self._outdated(error)
+        except errors.Denied as error:
+            if error.code == 404 and self._routes.lacks():
+                self._journal.error(error)
+                self._known.turn()
+                return Step.SYNC
+            # A resource version that is none for this server must not be asked for again and again.
+            self._newest = newest or (error.code == 400 and rv not in ("", "0"))
+            await self._pause(error)
+            return Step.SYNC
+        except KproxyError as error:
+            await self._pause(error)
+            return Step.SYNC
+        if not newest and earlier(listing.rv, self._known.rv):
+            self._journal.error(errors.WentBack(f"the list is of {listing.rv}, and {self._known.rv} was there already"))
+            self._newest = True
+            return Step.LIST
+        return await self._believe(listing)
+
+    async def _listed(self, rv: str) -> Listing:
+        resource, known = self._routes.resource, self._known.store.objects
+        return await patiently(self._clock, lambda: self._lister.list(resource, rv, known), self._postponed)
+
+    async def _believe(self, listing: Listing) -> Step:
+        self._routes.works()
+        if self._guard.doubts(self._known.store, listing):
+            return await self._doubt()
+        self._journal.counts["lists"] += 1
+        self._replace(listing)
+        return Step.WATCH
+
+    async def _safety(self) -> Step:
+        """Compare with the newest state. Where that cannot be had, there is no reason to give up the watch."""
+        self._journal.state = "comparing"
+        try:
+            listing = await self._listed("")
+        except KproxyError as error:
+            self._journal.error(error)
+            self._safetyAt = self._clock.seconds() + SAFETY_RETRY
+            return Step.WATCH
+        self._newest = True
+        return await self._believe(listing)
+
+    async def _stream(self) -> Step:
+        """Watch, with all that is there as its beginning; what follows it is a watch like any other."""
+        self._known.begin(True)
+        started, events = self._clock.seconds(), self._journal.counts["events"]
+        failure: KproxyError | None = None
+        try:
+            await self._follow(self._watchSeconds(), True)
+        except KproxyError as error:
+            failure = error
+        except _Doubted:
+            return await self._doubt()
+        if not self._known.awaiting:
+            return await self._watched(failure, started, events)
+        match failure:
+            case errors.Expired() | errors.TooLargeResourceVersion():
+                return await self._outdated(failure)
+            case errors.Denied(code=404):
+                return Step.LIST
+            case errors.Denied(code=401 | 403 | 429):
+                await self._pause(failure)
+                return Step.SYNC
+            case errors.NotStreamed() | errors.Denied(code=400 | 405 | 406 | 422):
+                return self._unstreamed(failure)
+            case errors.TimedOut() if self._watcher.openedAt is not None:
+                return self._unstreamed(failure)
+            case errors.LinkError() if self._watcher.openedAt is None:
+                await self._pause(failure)
+                return Step.SYNC
+            case errors.WentBack():
+                self._newest = True
+        # What came so far is worth nothing. Another try might end in the same way: a list is the surer one.
+        await self._pause(failure or errors.ConnectionLost("the watch ended before its initial state was there"))
+        return Step.LIST
+
+    def _complete(self, listing: Listing) -> None:
+        """The initial state of a watch is there; the watch goes on if that can be believed."""
+        if earlier(listing.rv, self._known.rv):
+            raise errors.WentBack(f"the initial state is of {listing.rv}, and {self._known.rv} was there already")
+        if self._guard.doubts(self._known.store, listing):
+            raise _Doubted()
+        self._watcher.settled()
+        self._watchedAt = self._clock.seconds()
+        self._routes.works()
+        self._journal.state = "watching"
+        self._journal.counts["streams"] += 1
+        self._replace(listing)
+
+    def _unstreamed(self, error: KproxyError) -> Step:
+        self._journal.error(error)
+        self._streamAt = self._clock.seconds() + UNSTREAMED
+        return Step.LIST
+
+    async def _outdated(self, error: KproxyError) -> Step:
+        """The server cannot answer for our resource version: the newest state, and at once, but not time and again."""
+        if self._newest:
+            await self._pause(error)
+        else:
+            self._newest = True
+            self._journal.error(error)
+        return Step.LIST
+
+    async def _doubt(self) -> Step:
+        """What came may be a mistake: it is not said before another list, of the newest state, agrees."""
+        self.log.error(
+            "ALARM: the server sent {what} of {kind}. That is not believed before a second list says the same, in "
+            "{seconds:g} s; until then everything goes on as last known",
+            what=self._guard.alarm, kind=self._known.kind, seconds=CONFIRM_AFTER,
+        )
+        self._newest = True
+        self._journal.state = "doubting"
+        await deferLater(self._clock, CONFIRM_AFTER)
+        return Step.LIST
+
+    def _replace(self, listing: Listing) -> None:
+        if self._newest or not self._safetyAt:
+            low, high = SAFETY_SECONDS
+            self._safetyAt = self._clock.seconds() + low + self._random() * (high - low)
+        if self._newest and earlier(listing.rv, self._known.rv):
+            self.log.warn(
+                "The server went back from {old} to {rv}, as after restoring a backup: {kind} is as it is there now",
+                old=self._known.rv, rv=listing.rv, kind=self._known.kind,
+            )
+        self._newest = False
+        self._known.replace(listing)
+
+    # --- what changes
+
+    async def _watch(self) -> Step:
+        """Watch once; only where that proves too little, the whole state follows."""
+        now = self._clock.seconds()
+        if self._watchedAt is not None and now - self._watchedAt < RESTART_FLOOR:
+            await deferLater(self._clock, self._watchedAt + RESTART_FLOOR - now)
+        if self._routes.untilProbe() == 0.0 and await self._routes.probe(self._client):
+            self._known.turn()
+            return Step.SYNC
+        if self._clock.seconds() >= self._safetyAt:
+            return await self._safety()
+        started, events = self._clock.seconds(), self._journal.counts["events"]
+        self._watchedAt = started
+        self._known.begin(False)
+        due = [self._watchSeconds(), self._safetyAt - started, self._routes.untilProbe()]
+        seconds = max(LEAST_SECONDS, int(min(it for it in due if it is not None)))
+        try:
+            await self._follow(seconds, False)
+        except KproxyError as error:
+            return await self._watched(error, started, events)
+        return await self._watched(None, started, events)
+
+    async def _follow(self, seconds: int, initialEvents: bool) -> None:
+        self._journal.state = "connecting"
+        await self._watcher.watch(self._routes.resource, self._known.rv, seconds, initialEvents)
+
+    def _opened(self) -> None:
+        self._journal.state = "streaming" if self._known.awaiting else "watching"
+        self._journal.counts["watches"] += 1
+
+    async def _watched(self, failure: KproxyError | None, started: float, events: int) -> Step:
+        """A watch has ended; what next?"""
+        barren = self._journal.counts["events"] == events
+        short = self._clock.seconds() - (self._watcher.openedAt or started) < SHORT_WATCH
+        self._barren = self._barren + 1 if barren and failure is not None else 0
+        match failure:
+            case None if barren and short:
+                await self._pause(errors.ConnectionLost("the watch ended at once, without an event"))
+                return Step.SYNC
+            case None:
+                self._journal.agreed()
+                return Step.WATCH
+            case errors.Denied():
+                await self._pause(failure)
+                # Also for 410: a restarted server gives it to all nodes at once, and the pause spreads them.
+                return Step.WATCH if failure.code == 429 else Step.SYNC
+            case errors.LinkError():
+                # Nothing says that the state here is wrong: go on from where we are, and at once, but not time and
+                # again.
+                if barren and (short or self._barren > 1):
+                    await self._pause(failure)
+                else:
+                    self._journal.error(failure)
+                return Step.WATCH
+            case errors.WentBack():
+                self._newest = True
+        await self._pause(failure)
+        return Step.SYNC
+
+    def _watchSeconds(self) -> int:
+        low, high = WATCH_SECONDS
+        return low + int(self._random() * (high - low))
+
+    # --- all the rest
+
+    def _postponed(self, error: errors.Denied) -> None:
+        self._journal.counts["retries"] += 1
+        self._journal.error(error)
+        self._journal.state = "waiting"
+
+    async def _pause(self, error: Exception) -> None:
+        self._journal.counts["retries"] += 1
+        self._journal.error(error)
+        self._journal.state = "waiting"
+        # A server that says how long to wait is not asked earlier.
+        await deferLater(self._clock, max(self._backoff.next(), getattr(error, "postponed", None) or 0.0))
 
     def age(self) -> float | None:
-        """Seconds since :attr:`heard`."""
-        return None if self.heard is None else self._clock.seconds() - self.heard
+        """
+        Seconds since the server last proved that nothing is missing here: by a list, an event, a bookmark, the regular
+        end of a watch. A connection that is just up proves nothing. ``None``: never.
+        """
+        return self._journal.age()
+
+    def outage(self) -> Outage | None:
+        """Since when nothing has worked, if so."""
+        opened = self._watcher.openedAt
+        if self._journal.state == "watching" and opened is not None and self._clock.seconds() - opened >= SHORT_WATCH:
+            self._journal.connected()
+        return self._journal.outage()
+
+    def counters(self) -> dict[str, int]:
+        """What only grows: for metrics."""
+        return {**self._journal.counters(), **self._guard.counters()}
 
     def status(self) -> dict[str, Any]:
         """JSON-able facts for operators."""
         age = self.age()
         return {
-            "state": self._state,
-            "resourceVersion": self._rv,
+            "state": self._journal.state, "reads": self._routes.resource.path, "resourceVersion": self._known.rv,
             "ageSeconds": None if age is None else round(age, 3),
-            "lists": self._lists,
-            "watches": self._watches,
-            "events": self._events,
-            "rejected": dict(self._rejected),
-            "lastError": self._lastError,
+            **self.counters(),
+            "objects": len(self._known.store.objects),
+            "rejected": dict(self._known.store.rejected),
+            "alarm": self._guard.alarm,
+            "lastError": self._journal.lastError,
         }
-
-    # --- listing -----------------------------------------------------------------------------------------------------
-
-    async def _list(self) -> None:
-        """Returns once a list has been said."""
-        while True:
-            self._state = "listing"
-            try:
-                listing = await self._client.list(self._resource, self._listFrom())
-            except (errors.Expired, errors.TooLargeResourceVersion) as error:
-                if self._unavailable:
-                    await self._pause(error)
-                else:
-                    self._unavailable = True
-                    self._note(error)
-            except KproxyError as error:
-                await self._pause(error)
-            else:
-                self._replace(listing)
-                return
-
-    def _listFrom(self) -> str:
-        # "0": the first list may come from the server's cache, which spares etcd when all nodes start at once.
-        return "" if self._unavailable else self._rv or "0"
-
-    def _replace(self, listing: Listing) -> None:
-        self._lists += 1
-        self._unavailable = False
-        self._rv = listing.rv
-        self._agreed()
-        for key, reason in listing.rejected.items():
-            self._reject(key, reason)
-        self._rejected = dict(listing.rejected)
-        self.log.info(
-            "Listed {count} of {kind} at {rv}", count=len(listing.objects), kind=self._resource.kind, rv=self._rv
-        )
-        self._tell(Replaced(self._source, self._resource.kind, listing.objects, listing.rejected))
-
-    # --- watching ----------------------------------------------------------------------------------------------------
-
-    async def _follow(self) -> None:
-        """Watch, time and again; returns where only another list can help."""
-        while True:
-            started = self._clock.seconds()
-            events = self._events
-            try:
-                await self._watch()
-            except errors.Denied as error:
-                await self._pause(error)
-                if error.code != 429:
-                    # Also for 410: a restarted server gives it to all nodes at once, and the pause spreads them.
-                    return
-            except errors.LinkError as error:
-                # Nothing says that the state here is wrong: go on from where we are.
-                if self._fruitless(started, events):
-                    await self._pause(error)
-                else:
-                    self._note(error)
-            except KproxyError as error:
-                await self._pause(error)
-                return
-            else:
-                if self._fruitless(started, events):
-                    await self._pause(errors.ConnectionLost("the watch ended at once, without an event"))
-                    return
-                self._agreed()
-            left = started + RESTART_FLOOR - self._clock.seconds()
-            if left > 0:
-                await self._wait(left)
-
-    def _fruitless(self, started: float, events: int) -> bool:
-        return self._events == events and self._clock.seconds() - started < SHORT_WATCH
-
-    async def _watch(self) -> None:
-        low, high = WATCH_SECONDS
-        seconds = low + int(self._random() * (high - low))
-        self._state = "connecting"
-        watch = await self._client.watch(self._resource, self._rv, seconds)
-        self._state = "watching"
-        self._watches += 1
-        stream = WatchStream(self._resource.kind)
-        dog = _Watchdog(self._clock, watch, seconds + GRACE, self._silence())
-        lastBookmark = self._clock.seconds()
-
-        def received(data: bytes) -> None:
-            nonlocal lastBookmark
-            dog.heard()
-            try:
-                events = stream.feed(data)
-            except errors.StreamError as error:
-                self._takeAll(error.events)
-                raise
-            self._takeAll(events)
-            if any(type(event) is Bookmark for event in events):
-                now = self._clock.seconds()
-                self._bookmarkGap = max(self._bookmarkGap or 0.0, now - lastBookmark)
-                lastBookmark = now
-                dog.expect(self._silence() or SILENCE)
-
-        try:
-            await watch.deliver(received)
-        finally:
-            dog.stop()
-        dropped = stream.close()
-        if dropped:
-            self.log.debug("Dropped {dropped} bytes of an unfinished event", dropped=dropped)
-
-    def _silence(self) -> float | None:
-        return None if self._bookmarkGap is None else max(SILENCE, 2 * self._bookmarkGap)
-
-    def _takeAll(self, events: list[WatchEvent] | tuple[WatchEvent, ...]) -> None:
-        for event in events:
-            self._take(event)
-
-    def _take(self, event: WatchEvent) -> None:
-        kind = self._resource.kind
-        if isinstance(event, Failed):
-            raise errors.fromStatus(event.status)
-        self._events += 1
-        # Also for what is not understood: the next watch must not begin before it again.
-        self._rv = event.rv or self._rv
-        self._agreed()
-        match event:
-            case Set(key=key):
-                self._rejected.pop(key, None)
-                self._tell(Change(self._source, kind, key, event.object))
-            case Gone(key=key):
-                self._rejected.pop(key, None)
-                self._tell(Change(self._source, kind, key, None))
-            case Bad(key=key, reason=reason):
-                self._reject(key, reason)
-                if key:
-                    self._rejected[key] = reason
-                    self._tell(Rejected(self._source, kind, key, reason))
-            case Unknown(type=type):
-                self.log.warn("Passed over an event of unknown type {type!r} of {kind}", type=type, kind=kind)
-
-    # --- all the rest ------------------------------------------------------------------------------------------------
-
-    def _tell(self, word: Word) -> None:
-        self._say(word)
-        if self._stopping:
-            # Stopped by whoever heard it: then this is no Deferred's callback that cancelling could reach.
-            raise CancelledError()
-
-    def _agreed(self) -> None:
-        self.heard = self._clock.seconds()
-
-    def _reject(self, key: str, reason: str) -> None:
-        if not key or self._rejected.get(key) != reason:
-            self.log.warn(
-                "{kind} {key} cannot be read, its last good version stays: {reason}",
-                kind=self._resource.kind,
-                key=key or "(unknown)",
-                reason=reason,
-            )
-
-    async def _pause(self, error: Exception) -> None:
-        self._note(error)
-        self._state = "waiting"
-        # A server that says how long to wait is not asked earlier.
-        await self._wait(max(self._backoff.next(), getattr(error, "retryAfter", None) or 0.0))
-
-    async def _wait(self, seconds: float) -> None:
-        await deferLater(self._clock, seconds)
-
-    def _note(self, error: Exception) -> None:
-        text = str(error) or type(error).__name__
-        self._lastError = text
-        now = self._clock.seconds()
-        if self._lastLogged is not None and self._lastLogged[0] == text and now - self._lastLogged[1] < LOG_EVERY:
-            return
-        self._lastLogged = (text, now)
-        # Losing the network is nothing out of the ordinary; being refused by a server that answers is.
-        level = LogLevel.info if isinstance(error, (errors.LinkError, errors.Expired)) else LogLevel.warn
-        self.log.emit(
-            level, "No agreement on {kind} for now: {error}", kind=self._resource.kind, error=text, source=self._source
-        )

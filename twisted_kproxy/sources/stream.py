@@ -23,11 +23,16 @@ INITIAL_EVENTS_END = "k8s.io/initial-events-end"
 
 
 class Set(Struct, frozen=True):
-    """An object is there, new or changed."""
+    """
+    An object is there, new or changed.
+
+    :ivar added: the server calls it new.
+    """
 
     key: str
     object: Any
     rv: str
+    added: bool = False
 
 
 class Gone(Struct, frozen=True):
@@ -65,11 +70,13 @@ class Bad(Struct, frozen=True):
 
     :ivar key: ``""`` where not even that can be told.
     :ivar rv: still counts: the next watch must not meet the same event again. ``""`` where it cannot be told.
+    :ivar uid: ``""`` where it cannot be told.
     """
 
     key: str
     reason: str
     rv: str
+    uid: str = ""
 
 
 class Unknown(Struct, frozen=True):
@@ -165,28 +172,57 @@ class WatchStream:
             case "ERROR":
                 return Failed(wire.decodeStatus(event.object))
             case _:
-                return Unknown(event.type, _metaOf(event.object).resourceVersion or "")
+                return Unknown(event.type, identityOf(event.object).rv)
 
     def _change(self, event: wire.Event) -> WatchEvent:
         try:
             it = wire.decode(self._kind, event.object)
         except wire.Unreadable as error:
-            meta = _metaOf(event.object)
-            rv = meta.resourceVersion or ""
-            if event.type == "DELETED" and error.key:
+            about = identityOf(event.object)
+            key = error.key or about.key
+            if event.type == "DELETED" and key:
                 # Which one it was is all that has to be known of it.
-                return Gone(error.key, None, rv)
-            return Bad(error.key, error.reason, rv)
+                return Gone(key, None, about.rv)
+            return Bad(key, error.reason, about.rv, about.uid)
         key = wire.keyOf(it.metadata)
         rv = it.metadata.resourceVersion or ""
-        return Gone(key, it, rv) if event.type == "DELETED" else Set(key, it, rv)
+        return Gone(key, it, rv) if event.type == "DELETED" else Set(key, it, rv, event.type == "ADDED")
 
 
-def _metaOf(data: Any) -> wire.ObjectMeta:
+class Identity(Struct, frozen=True):
+    """Which object this is, as far as it can be told: what cannot is ``""``."""
+
+    key: str = ""
+    uid: str = ""
+    rv: str = ""
+
+
+class _Whatever(Struct, frozen=True):
+    """An object whose metadata is looked at field by field: one that is wrong does not hide the others."""
+
+    metadata: dict[str, msgspec.Raw] = {}
+
+
+_decodeWhatever = msgspec.json.Decoder(_Whatever).decode
+_decodeText = msgspec.json.Decoder(str).decode
+
+
+def identityOf(data: Any) -> Identity:
+    """Which object the JSON of one that cannot be read is about."""
     try:
-        return wire.decodeMeta(data).metadata or wire.ObjectMeta()
+        metadata = _decodeWhatever(data).metadata
     except _UNDECODABLE:
-        return wire.ObjectMeta()
+        return Identity()
+
+    def text(field: str) -> str:
+        try:
+            return _decodeText(metadata[field])
+        except (KeyError, *_UNDECODABLE):
+            return ""
+
+    name, namespace = text("name"), text("namespace")
+    key = f"{namespace}/{name}" if name and namespace else name
+    return Identity(key, text("uid"), text("resourceVersion"))
 
 
 class Listing(Struct, frozen=True):
@@ -205,29 +241,77 @@ class Listing(Struct, frozen=True):
     next: str = ""
 
 
-def decodeListing(kind: Kind, body: bytes) -> Listing:
+class ListingReader:
     """
-    Read the body of a list. Items are decoded one by one: one that cannot be read costs only itself.
+    Reads the body of a list, in steps: between two of them others may have their turn. Items are decoded one by one:
+    one that cannot be read costs only itself.
 
+    :param known: objects by key: one that is equal comes back as the very same, so that nobody has to compare again.
+        An item that says no name is told by its uid, where one of these has it.
     :raise Unusable: where the body is not a list of that kind: not JSON, another kind such as Table, or without a
         resource version to watch from.
     """
-    try:
-        listing = wire.decodeList(body)
-    except _UNDECODABLE as error:
-        raise Unusable(f"the answer to a list of {kind} is not a list: {error}")
-    if listing.kind != f"{kind}List":
-        raise Unusable(f"the answer to a list of {kind} is of kind {listing.kind or 'unknown'}, not {kind}List")
-    rv = listing.metadata.resourceVersion
-    if not rv:
-        raise Unusable(f"the list of {kind} has no metadata.resourceVersion")
-    objects: dict[str, Any] = {}
-    rejected: dict[str, str] = {}
-    for index, item in enumerate(listing.items or ()):
+
+    def __init__(self, kind: Kind, body: bytes, known: Mapping[str, Any] | None = None) -> None:
         try:
-            it = wire.decode(kind, item)
+            listing = wire.decodeList(body)
+        except _UNDECODABLE as error:
+            raise Unusable(f"the answer to a list of {kind} is not a list: {error}")
+        if listing.kind != f"{kind}List":
+            raise Unusable(f"the answer to a list of {kind} is of kind {listing.kind or 'unknown'}, not {kind}List")
+        rv = listing.metadata.resourceVersion
+        if not rv:
+            raise Unusable(f"the list of {kind} has no metadata.resourceVersion")
+        self._kind = kind
+        self._known = known or {}
+        self._items = listing.items or []
+        self._at = 0
+        self._objects: dict[str, Any] = {}
+        self._rejected: dict[str, str] = {}
+        self._rv = rv
+        self._next = listing.metadata.continue_ or ""
+
+    def read(self, count: int = 20) -> bool:
+        """
+        Decode some more items.
+
+        :return: whether there are more.
+        """
+        for item in self._items[self._at : self._at + count]:
+            self._read(item)
+            self._at += 1
+        return self._at < len(self._items)
+
+    @property
+    def listing(self) -> Listing:
+        """What has been read."""
+        return Listing(self._objects, self._rejected, self._rv, self._next)
+
+    def _read(self, item: msgspec.Raw) -> None:
+        try:
+            it = wire.decode(self._kind, item)
         except wire.Unreadable as error:
-            rejected[error.key or f"(item {index})"] = error.reason
-        else:
-            objects[wire.keyOf(it.metadata)] = it
-    return Listing(objects, rejected, rv, listing.metadata.continue_ or "")
+            about = identityOf(item)
+            key = error.key or about.key or keyByUid(self._known, about.uid)
+            self._rejected[key or f"(item {self._at})"] = error.reason
+            return
+        key = wire.keyOf(it.metadata)
+        before = self._known.get(key)
+        self._objects[key] = before if before == it else it
+
+
+def keyByUid(known: Mapping[str, Any], uid: str) -> str:
+    """The key of the object with that uid; ``""`` where there is none."""
+    return next((key for key, it in known.items() if it.metadata.uid == uid), "") if uid else ""
+
+
+def decodeListing(kind: Kind, body: bytes) -> Listing:
+    """
+    The same, all at once.
+
+    :raise Unusable: see :class:`ListingReader`.
+    """
+    reader = ListingReader(kind, body)
+    while reader.read():
+        pass
+    return reader.listing

@@ -1,0 +1,88 @@
+"""What a reflector has lived through, for operators: state, errors, counts, and how fresh what it knows is."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from twisted.internet.interfaces import IReactorTime
+from twisted.logger import Logger, LogLevel
+
+from . import errors
+from .contact import Outage
+
+#: The same message is logged once in so many seconds.
+LOG_EVERY = 60.0
+_REMEMBERED = 20
+
+
+class Journal:
+    """
+    :ivar kind: of the objects, for the log.
+    :ivar state: in words.
+    :ivar counts: of ``lists``, ``streams`` (whole states that came as the beginning of a watch), ``watches``,
+        ``events``, ``retries``.
+    :ivar heard: when the server last proved that nothing is missing here.
+    """
+
+    log = Logger()
+
+    def __init__(self, clock: IReactorTime, source: str, kind: str) -> None:
+        self._clock = clock
+        self._source = source
+        self.kind = kind
+        self.state = "new"
+        self.counts: Counter[str] = Counter()
+        self.heard: float | None = None
+        self.lastError = ""
+        self._outSince: float | None = None
+        self._logged: dict[str, float] = {}
+
+    def agreed(self) -> None:
+        """The server has just proved that nothing is missing here."""
+        self.heard = self._clock.seconds()
+        self._outSince = None
+
+    def connected(self) -> None:
+        """A watch has held for a while: it may be silent because nothing happens."""
+        self._outSince = None
+
+    def age(self) -> float | None:
+        """Seconds since :attr:`heard`."""
+        return None if self.heard is None else self._clock.seconds() - self.heard
+
+    def outage(self) -> Outage | None:
+        """Since when nothing has worked, if so."""
+        return None if self._outSince is None else Outage(self._outSince, self.lastError)
+
+    def counters(self) -> dict[str, int]:
+        """What only grows."""
+        names = ("lists", "streams", "watches", "events", "retries")
+        relists = max(0, self.counts["lists"] + self.counts["streams"] - 1)
+        return {**{name: self.counts[name] for name in names}, "relists": relists}
+
+    def error(self, error: Exception) -> None:
+        """Something did not work. Told to the log, but the same thing once a minute only."""
+        text = str(error) or type(error).__name__
+        self.lastError = text
+        now = self._clock.seconds()
+        if self._outSince is None:
+            # A link is dead for some time before that is found.
+            dead = isinstance(error, errors.TimedOut) and self.heard is not None
+            self._outSince = self.heard if dead else now
+        if now - self._logged.get(text, -LOG_EVERY) < LOG_EVERY:
+            return
+        self._logged[text] = now
+        if len(self._logged) > _REMEMBERED:
+            del self._logged[min(self._logged, key=self._logged.__getitem__)]
+        # Losing the network is nothing out of the ordinary; being refused by a server that answers is.
+        level = LogLevel.info if isinstance(error, (errors.LinkError, errors.Expired)) else LogLevel.warn
+        self.log.emit(
+            level, "No agreement on {kind} for now: {error}", kind=self.kind, error=text, source=self._source
+        )
+
+    def rejected(self, key: str, reason: str) -> None:
+        """An object cannot be read."""
+        self.log.warn(
+            "{kind} {key} cannot be read, its last good version stays: {reason}",
+            kind=self.kind, key=key or "(unknown)", reason=reason,
+        )
