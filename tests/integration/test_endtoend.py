@@ -290,6 +290,35 @@ class EndToEndTests(EndToEnd):
             it.join()
         return failed
 
+    def test_yDrains(self) -> None:
+        """
+        While the daemon drains, new clients are refused at once and who is connected goes on; then all is gone. With no
+        other rules on the node: connections must not depend on what others have set up.
+        """
+        it = self.world.make("drains", "p0a")
+        host = it["spec"]["clusterIP"]
+        url = f"http://{host}/"
+        daemon = self.world.daemon
+        client = self.rig.connect("p0b", (host, 80))
+        self.addCleanup(client.close)
+
+        def ask() -> bytes:
+            client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            return client.recv(1000)
+
+        self.assertIn(b"p0a", ask())
+        daemon.process.send_signal(signal.SIGTERM)
+        try:
+            waitFor(lambda: self.world.curl("p0b", url) == "curl 7", 5)
+            self.expectRefused("x", url)
+            self.assertIn(b"p0a", ask())
+            daemon.process.wait(10)
+            self.assertNotIn("10.96.", self.rules())
+            daemon.assertNoTraceback()
+        finally:
+            self.world.daemon = self.world.startDaemon()
+        self.expect("p0b", url, {"p0a"})
+
     def test_zLastKilledAndStartedAgain(self) -> None:
         """
         After SIGKILL the rules are still there; the next run takes them over, its sockets on the same ports; a

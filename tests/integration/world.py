@@ -27,7 +27,7 @@ server = {server}
 [rules]
 writer = {writer}
 [userspace]
-drain-timeout = 2s
+drain-timeout = 3s
 """
 Json = dict[str, Any]
 

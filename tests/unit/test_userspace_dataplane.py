@@ -506,16 +506,31 @@ class DataplaneTests(SynchronousTestCase):
     # --- stopping
 
     def test_stop(self) -> None:
-        """Rules first, then sockets; connections may end, and that is waited for."""
+        """
+        New clients are refused, sockets are closed, connections may end, and that is waited for; the rules go last:
+        established connections may depend on them.
+        """
         self.update(servicePort(cluster=[A]))
         self.made[0].active = 2
         self.log.clear()
         done = self.dataplane.stop(30)
-        self.assertEqual(self.log, ["rules stop 0", "close web/cluster"])
+        self.assertEqual(self.log, ["rules", "close web/cluster"])
+        (refusing,) = self.rules.updates[-1].current.values()
+        self.assertEqual((refusing.cluster, refusing.reachable, len(refusing.frontends)), ((), False, 1))
         self.clock.advance(29)
         self.assertNoResult(done)
+        self.assertNotIn("rules stop 0", self.log)
         self.made[0].end()
         self.successResultOf(done)
+        self.assertEqual(self.log[-1], "rules stop 0")
+
+    def test_stopThoughRulesFail(self) -> None:
+        """Rules that cannot be changed keep nobody from draining."""
+        self.update(servicePort(cluster=[A]))
+        self.rules.answers.append(fail(RulesRejected("no")))
+        self.successResultOf(self.dataplane.stop(30))
+        self.assertEqual(len(self.flushLoggedErrors(RulesRejected)), 1)
+        self.assertEqual(self.sockets(), {})
 
     def test_drainTimeEnds(self) -> None:
         """What is left after the drain time is cut."""

@@ -106,8 +106,8 @@ class UserspaceDataplane:
 
     def stop(self, drainSeconds: float) -> Deferred[None]:
         """
-        Take back the rules, so that nobody is led to a closed socket; close the sockets; let connections go on for so
-        long; then cut them.
+        Have new clients refused at once; close the sockets; let connections go on for so long; then cut them, and take
+        back the rules.
 
         :return: fires when no connection is left. Never fails: trouble with the rules is logged.
         """
@@ -339,22 +339,40 @@ class UserspaceDataplane:
     async def _stop(self, drainSeconds: float) -> None:
         await self._lock.acquire()
         try:
-            await self._rules.stop(0)
-        except Exception:
-            self.log.failure("The rules could not be taken back; they lead to closed sockets from now on.")
+            if drainSeconds > 0:
+                await self._drain(drainSeconds)
+            await self._takeRulesBack()
+            await self._close(self._takeAll())
+            await self._cut()
         finally:
             self._lock.release()
-        await self._close(self._takeAll())
-        if drainSeconds <= 0:
-            await self._cut()
-        else:
-            timer = self._reactor.callLater(drainSeconds, self._drainOver)
-            await self._drained()
-            if timer.active():
-                timer.cancel()
         waiting, self._waiting = self._waiting, []
         for each in waiting:
             each.callback(None)
+
+    async def _drain(self, seconds: float) -> None:
+        """
+        Have new clients refused at once, and let those that are connected go on.
+
+        The rules go only afterwards. Without any, clients would wait for an answer that never comes; and where they are
+        the only ones that rewrite addresses the kernel would no longer do so for established connections either.
+        """
+        refusing = ServiceMap({name: closed(port) for name, port in self._redirected.items()})
+        try:
+            await self._rules.onUpdate(Update(self._inForce, refusing, not self._sound))
+        except Exception:
+            self.log.failure("The rules could not be changed; until all is drained they lead to closed sockets.")
+        await self._close(self._takeAll())
+        timer = self._reactor.callLater(seconds, self._drainOver)
+        await self._drained()
+        if timer.active():
+            timer.cancel()
+
+    async def _takeRulesBack(self) -> None:
+        try:
+            await self._rules.stop(0)
+        except Exception:
+            self.log.failure("The rules could not be taken back; they lead to closed sockets from now on.")
 
     def _takeAll(self) -> list[IProxier]:
         proxiers = [it.proxier for it in (*self._sockets.values(), *self._replaced)]
