@@ -253,12 +253,18 @@ class ITrafficObserver(Interface):
     def opened(pool: PoolName, endpoint: Endpoint, seconds: float) -> None:
         """A connection (or UDP flow) to an endpoint is established, so long after the client came."""
 
+    def missed(pool: PoolName, endpoint: Endpoint, reason: str) -> None:
+        """
+        One try at an endpoint failed; the client knows nothing of it yet.
+
+        :param reason: ``refused``, ``timeout``, ``unreachable``, ``reset`` or ``error``.
+        """
+
     def failed(pool: PoolName, reason: str) -> None:
         """
-        A client could not be served or one try at an endpoint failed.
+        A client could not be served.
 
-        :param reason: of a small fixed set: ``refused``, ``timeout``, ``unreachable``, ``reset``, ``no-endpoint``,
-            ``client-gone``, ``limit``, ``error``.
+        :param reason: that of the last try, or ``no-endpoint``, ``client-gone``, ``limit``.
         """
 
     def closed(pool: PoolName, endpoint: Endpoint, outcome: Outcome) -> None:

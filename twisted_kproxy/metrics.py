@@ -304,6 +304,9 @@ class Metrics:
     def opened(self, pool: PoolName, endpoint: Endpoint, seconds: float) -> None:
         self._traffic.opened(pool.port, seconds)
 
+    def missed(self, pool: PoolName, endpoint: Endpoint, reason: str) -> None:
+        self._traffic.missed(pool.port, endpoint, reason)
+
     def failed(self, pool: PoolName, reason: str) -> None:
         self._traffic.failed(pool.port, reason)
 
@@ -319,6 +322,9 @@ class Metrics:
         if update.removed or update.full:
             self._traffic.forgetOthersThan(update.current)
         self._traffic.returned(update.changed)
+        for name in update.changed:
+            port = update.current[name]
+            self._traffic.serving(name, {*port.cluster, *port.local})
         self._countNoLocal(update)
         return succeed(None)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
-from .core.values import PoolName, Problem, ServiceMap, ServicePort
+from .core.values import Endpoint, PoolName, Problem, ServiceMap, ServicePort, ServicePortName
 from .interfaces import IDataplane, ILoadBalancer, ISource
 
 
@@ -36,6 +36,7 @@ class Report:
 
     :param about: facts that do not change: version, node name, mode.
     :param dataplane: gives the dataplane, ``None`` before there is one; the same for ``syncer``.
+    :param failing: says which of some endpoints of a service port have failed and not answered since.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Report:
         balancer: ILoadBalancer,
         dataplane: Callable[[], IDataplane | None],
         syncer: Callable[[], _Syncer | None],
+        failing: Callable[[ServicePortName, tuple[Endpoint, ...]], Mapping[str, Any]],
     ) -> None:
         self._about = about
         self._cluster = cluster
@@ -53,6 +55,7 @@ class Report:
         self._balancer = balancer
         self._dataplane = dataplane
         self._syncer = syncer
+        self._failing = failing
 
     def parts(self) -> dict[str, Callable[[], Any]]:
         """Name on the page → what makes it."""
@@ -100,6 +103,9 @@ class Report:
             shown[kind] = pools.get(
                 str(PoolName(port.name, kind)), {"endpoints": {str(it): 0 for it in port.pool(kind)}}
             )
+        failing = self._failing(port.name, tuple({*port.cluster, *port.local}))
+        if failing:
+            shown["failing"] = failing
         return shown
 
     def dataplane(self) -> Mapping[str, Any]:

@@ -22,6 +22,7 @@ from zope.interface import implementer
 
 from . import __version__, plugin
 from .balance.balancer import LoadBalancer
+from .balance.failures import EndpointFailures
 from .broadcast import Broadcast
 from .cluster import Cluster
 from .config import Config, effective
@@ -111,6 +112,7 @@ class ProxyServer(MultiService):
         self._config = config
         self._stopping = self._cutting = False
         self.metrics = Metrics()
+        self.failures = EndpointFailures(reactor, self.metrics)
         self.health = HealthState(reactor, config.syncPeriod)
         self.notifier = Notifier(reactor, environ, self._alive)
         policy = plugin.find(IPolicyMaker, config.policy)
@@ -148,7 +150,8 @@ class ProxyServer(MultiService):
         config = self._config
         about = {"version": __version__, "node": config.nodeName, "mode": config.mode, "policy": config.policy}
         report = Report(
-            about, self.cluster, lambda: self.sources, self.balancer, lambda: self.dataplane, lambda: self.syncer
+            about, self.cluster, lambda: self.sources, self.balancer, lambda: self.dataplane, lambda: self.syncer,
+            self.failures.status,
         )
         health = healthPages(self.health.health, self.metrics.healthAnswered)
         pages = {
@@ -190,7 +193,7 @@ class ProxyServer(MultiService):
 
         return UserspaceDataplane(
             reactor, self.balancer, rules,
-            makeTcp=makeTcp, makeUdp=makeUdp, addressOf=primaryAddress, observer=self.metrics,
+            makeTcp=makeTcp, makeUdp=makeUdp, addressOf=primaryAddress, observer=self.failures,
             ports=PortRange(*(config.portRange or (0, 0))),
         )
 
@@ -237,7 +240,8 @@ class ProxyServer(MultiService):
 
     async def _stop(self) -> None:
         seconds = self._config.drainTimeout
-        self.log.info("Stopping; open connections may go on for up to {seconds:g} s", seconds=seconds)
+        if self.dataplane is not None:
+            self.log.info("Stopping; open connections may go on for up to {seconds:g} s", seconds=seconds)
         self.notifier.stopping()
         for source in self.sources:
             await maybeDeferred(source.disownServiceParent)
@@ -283,7 +287,6 @@ class ProxyServer(MultiService):
     # --- what happens meanwhile
 
     def _changedOutside(self) -> None:
-        self.log.warn("Our rules were changed by somebody else; they are compared and mended")
         if self.syncer is not None:
             self.syncer.resync()
 

@@ -11,11 +11,13 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Container, Iterable, Iterator
 
-from .core.values import Outcome, ServicePortName
+from .core.values import Endpoint, Outcome, ServicePortName
 
 CONNECT_BUCKETS = (0.001, 0.005, 0.025, 0.1, 0.5, 2.0)
 REASONS = frozenset(("refused", "timeout", "unreachable", "reset", "no-endpoint", "client-gone", "limit", "error"))
 OTHERS = "(others)"
+#: endpoints (by reason) of one service port whose failures are counted apart
+MOST_ENDPOINTS = 64
 
 
 class _Traffic:
@@ -26,7 +28,7 @@ class _Traffic:
     :ivar leaving: the service port is gone; so are these numbers once nothing is open.
     """
 
-    __slots__ = ("active", "buckets", "failed", "labels", "leaving", "opened", "received", "seconds", "sent")
+    __slots__ = ("active", "buckets", "failed", "labels", "leaving", "missed", "opened", "received", "seconds", "sent")
 
     def __init__(self, labels: str) -> None:
         self.labels = labels
@@ -34,6 +36,7 @@ class _Traffic:
         self.seconds = 0.0
         self.buckets = [0] * (len(CONNECT_BUCKETS) + 1)
         self.failed: dict[str, int] = {}
+        self.missed: dict[tuple[Endpoint | None, str], int] = {}
         self.leaving = False
 
 
@@ -53,7 +56,8 @@ def _labelsOf(name: ServicePortName) -> str:
 _TRAFFIC = (
     ("kproxy_service_connections_opened", "counter", "Connections (UDP: flows) established to an endpoint"),
     ("kproxy_service_connections_active", "gauge", "Connections (UDP: flows) that are open now"),
-    ("kproxy_service_connections_failed", "counter", "Clients not served, and tries at an endpoint that failed"),
+    ("kproxy_service_connections_failed", "counter", "Clients that could not be served"),
+    ("kproxy_endpoint_failures", "counter", "Tries at an endpoint that failed; others were tried then"),
     ("kproxy_service_sent_bytes", "counter", "Bytes from clients to endpoints, counted when a connection ends"),
     ("kproxy_service_received_bytes", "counter", "Bytes from endpoints to clients, counted when a connection ends"),
     ("kproxy_service_connect_seconds", "histogram", "From the client's arrival until an endpoint was connected"),
@@ -64,6 +68,7 @@ def _text(traffic: Iterable[_Traffic], openMetrics: bool) -> str:
     opened: list[str] = []
     active: list[str] = []
     failed: list[str] = []
+    missed: list[str] = []
     sent: list[str] = []
     received: list[str] = []
     connect: list[str] = []
@@ -74,6 +79,9 @@ def _text(traffic: Iterable[_Traffic], openMetrics: bool) -> str:
         active.append(f"kproxy_service_connections_active{{{labels}}} {it.active}\n")
         for reason, count in it.failed.items():
             failed.append(f'kproxy_service_connections_failed_total{{{labels},reason="{reason}"}} {count}\n')
+        for (endpoint, reason), count in it.missed.items():
+            where = f'{labels},endpoint="{endpoint or OTHERS}",reason="{reason}"'
+            missed.append(f"kproxy_endpoint_failures_total{{{where}}} {count}\n")
         sent.append(f"kproxy_service_sent_bytes_total{{{labels}}} {it.sent}\n")
         received.append(f"kproxy_service_received_bytes_total{{{labels}}} {it.received}\n")
         if it.opened:
@@ -84,7 +92,8 @@ def _text(traffic: Iterable[_Traffic], openMetrics: bool) -> str:
             connect.append(f"kproxy_service_connect_seconds_count{{{labels}}} {total}\n")
             connect.append(f"kproxy_service_connect_seconds_sum{{{labels}}} {it.seconds!r}\n")
     parts: list[str] = []
-    for (name, kind, meaning), lines in zip(_TRAFFIC, (opened, active, failed, sent, received, connect), strict=True):
+    every = (opened, active, failed, missed, sent, received, connect)
+    for (name, kind, meaning), lines in zip(_TRAFFIC, every, strict=True):
         shown = f"{name}_total" if kind == "counter" and not openMetrics else name
         parts += f"# HELP {shown} {meaning}\n", f"# TYPE {shown} {kind}\n", *lines
     return "".join(parts)
@@ -112,11 +121,27 @@ class TrafficCounters:
         it.buckets[bisect_left(CONNECT_BUCKETS, seconds)] += 1
 
     def failed(self, name: ServicePortName, reason: str) -> None:
-        """A client could not be served or a try failed; an unknown reason counts as ``error``."""
+        """A client could not be served; an unknown reason counts as ``error``."""
         it = self._traffic.get(name) or self._of(name)
         if reason not in REASONS:
             reason = "error"
         it.failed[reason] = it.failed.get(reason, 0) + 1
+
+    def missed(self, name: ServicePortName, endpoint: Endpoint, reason: str) -> None:
+        """A try at an endpoint failed. So many endpoints of a service port are told apart at the most."""
+        it = self._traffic.get(name) or self._of(name)
+        if reason not in REASONS:
+            reason = "error"
+        key: tuple[Endpoint | None, str] = (endpoint, reason)
+        if it is self._others or (key not in it.missed and len(it.missed) >= MOST_ENDPOINTS):
+            key = (None, reason)
+        it.missed[key] = it.missed.get(key, 0) + 1
+
+    def serving(self, name: ServicePortName, endpoints: Container[Endpoint]) -> None:
+        """A service port has these endpoints now: the failures of others are forgotten."""
+        it = self._traffic.get(name)
+        if it is not None and it.missed and it is not self._others:
+            it.missed = {key: count for key, count in it.missed.items() if key[0] is None or key[0] in endpoints}
 
     def closed(self, name: ServicePortName, outcome: Outcome) -> None:
         """A connection that was opened has ended."""
@@ -193,5 +218,5 @@ class TrafficCounters:
 
     def _each(self) -> Iterator[_Traffic]:
         yield from (it for it in self._traffic.values() if it is not self._others)
-        if self._others.opened or self._others.failed:
+        if self._others.opened or self._others.failed or self._others.missed:
             yield self._others

@@ -184,7 +184,7 @@ class EndToEndTests(EndToEnd):
         finally:
             self.world.backends["p0b"] = Backend(self.rig, "p0b", http=[PORT], udp=[PORT])
         status = self.world.daemon.get("http://127.0.0.1:10249/metrics")[2].decode()
-        failed = re.search(r'failed_total\{[^}]*service="killed"[^}]*reason="refused"[^}]*\} (\d+)', status)
+        failed = re.search(r'failures_total\{[^}]*service="killed"[^}]*reason="refused"[^}]*\} (\d+)', status)
         assert failed is not None
         self.assertGreaterEqual(int(failed[1]), 10)
 

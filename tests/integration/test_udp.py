@@ -142,11 +142,15 @@ class Seen:
     """In the place of the metrics."""
 
     def __init__(self) -> None:
+        self.misses: list[str] = []
         self.failures: list[str] = []
         self.outcomes: list[Outcome] = []
 
     def opened(self, pool: PoolName, endpoint: Endpoint, seconds: float) -> None:
         pass
+
+    def missed(self, pool: PoolName, endpoint: Endpoint, reason: str) -> None:
+        self.misses.append(reason)
 
     def failed(self, pool: PoolName, reason: str) -> None:
         self.failures.append(reason)
@@ -285,7 +289,7 @@ class LoopbackMixin:
         client.socket.sendto(b"question", self.to())
         await client.arrivals(1)
         self.assertEqual(client.arrived, [(b"question", self.to())])
-        self.assertEqual((self.seen.failures, self.seen.outcomes), (["refused"], [Outcome("refused", 8, 0)]))
+        self.assertEqual((self.seen.misses, self.seen.outcomes), (["refused"], [Outcome("refused", 8, 0)]))
         self.assertEqual([datagram for datagram, _ in peer.arrived], [b"question"])
 
     async def test_endpointDies(self) -> None:

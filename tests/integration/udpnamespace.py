@@ -98,7 +98,7 @@ async def unreachable(family: Family) -> None:
     client.socket.sendto(b"question", (first, proxier.port))
     await client.arrivals(1)
     assert client.arrived == [(b"question", (first, proxier.port))], client.arrived
-    assert seen.failures == ["unreachable"], seen.failures
+    assert seen.misses == ["unreachable"], seen.misses
     assert seen.outcomes == [Outcome("unreachable", 8, 0)], seen.outcomes
 
 
@@ -118,7 +118,7 @@ async def filtered(family: Family) -> None:
     client.socket.sendto(b"question", (first, proxier.port))
     await client.arrivals(1)
     assert client.arrived == [(b"question", (first, proxier.port))], client.arrived
-    assert seen.failures == ["unreachable"], seen.failures
+    assert seen.misses == ["unreachable"], seen.misses
 
 
 async def main(_reactor: Any, what: str, family: Family) -> None:

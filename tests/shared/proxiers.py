@@ -75,12 +75,17 @@ class RecordingObserver:
 
     def __init__(self) -> None:
         self.openings: list[tuple[PoolName, Endpoint, float]] = []
+        self.misses: list[tuple[Endpoint, str]] = []
         self.failures: list[str] = []
         self.closings: list[tuple[PoolName, Endpoint, Outcome]] = []
         self._waiting: list[tuple[Callable[[], bool], Deferred[None]]] = []
 
     def opened(self, pool: PoolName, endpoint: Endpoint, seconds: float) -> None:
         self.openings.append((pool, endpoint, seconds))
+        self._tell()
+
+    def missed(self, pool: PoolName, endpoint: Endpoint, reason: str) -> None:
+        self.misses.append((endpoint, reason))
         self._tell()
 
     def failed(self, pool: PoolName, reason: str) -> None:

@@ -252,6 +252,28 @@ class SyncTests(MetricsCase):
         self.assertEqual(self.value("kubeproxy_network_programming_duration_seconds_count", ip_family="IPv6"), 1)
         self.assertEqual(self.value("kubeproxy_network_programming_duration_seconds_sum", ip_family="IPv6"), 2.5)
 
+    def test_missed(self) -> None:
+        """
+        Failed tries are counted per endpoint and reason, apart from clients that were lost; so many endpoints apart at
+        the most; those that left are forgotten.
+        """
+        for _ in range(3):
+            self.metrics.missed(pool("cart"), ENDPOINT, "refused")
+        self.metrics.missed(pool("cart"), LOCAL, "timeout")
+        labels = {"service": "cart", "namespace": "shop", "port": "http", "protocol": "TCP", "ip_family": "IPv4"}
+        name = "kproxy_endpoint_failures_total"
+        self.assertEqual(self.value(name, endpoint="10.0.0.1:8080", reason="refused", **labels), 3)
+        self.assertNotIn("connections_failed_total{", self.metrics.exposition()[1].decode())
+        self.successResultOf(
+            self.metrics.onUpdate(Update(ServiceMap(), mapOf(servicePort("cart", cluster=(ENDPOINT,)))))
+        )
+        self.assertNotIn("10.0.0.2", self.metrics.exposition()[1].decode())
+        for number in range(1, 200):
+            self.metrics.missed(pool("cart"), Endpoint("10.0.0.9", number), "refused")
+        shown = self.metrics.exposition()[1].decode().count("kproxy_endpoint_failures_total{")
+        self.assertEqual(shown, 65)
+        self.assertEqual(self.value(name, endpoint="(others)", reason="refused", **labels), 199 - 63)
+
     def test_healthAnswers(self) -> None:
         """Answers of the health pages are counted by page and code."""
         self.metrics.healthAnswered("healthz", 503)

@@ -100,7 +100,7 @@ class DialingTests(TcpTestCase):
         proxier = self.listening(dead, backend.endpoint)
         self.assertEqual(await self.ask(self.client(proxier)), b"hello")
         self.assertEqual(self.balancer.asked, [("127.0.0.1", ()), ("127.0.0.1", (dead,))])
-        self.assertEqual(self.observer.failures, ["refused"])
+        self.assertEqual((self.observer.misses, self.observer.failures), ([(dead, "refused")], []))
         self.assertEqual(self.balancer.active, {(POOL, backend.endpoint): 1})
 
     async def test_allRefuse(self) -> None:
@@ -109,7 +109,7 @@ class DialingTests(TcpTestCase):
         proxier = self.listening(dead)
         client = self.client(proxier)
         self.assertEqual(await self.run_(ending, client), "reset")
-        self.assertEqual(self.observer.failures, ["refused"] * 4)
+        self.assertEqual((self.observer.misses, self.observer.failures), ([(dead, "refused")] * 4, ["refused"]))
         self.assertEqual(self.balancer.asked[-1], ("127.0.0.1", (dead,) * 3))
         self.assertEqual((proxier.status()["active"], self.balancer.active), (0, {}))
 
@@ -123,7 +123,7 @@ class DialingTests(TcpTestCase):
         backend = self.backend()
         proxier = self.listening(self.blackHole(), backend.endpoint)
         self.assertEqual(await self.ask(self.client(proxier)), b"hello")
-        self.assertEqual(self.observer.failures, ["timeout"])
+        self.assertEqual([reason for _, reason in self.observer.misses], ["timeout"])
         ((_, _, seconds),) = self.observer.openings
         self.assertTrue(0.09 < seconds < 2, seconds)
 
@@ -211,7 +211,7 @@ class DialingTests(TcpTestCase):
         backend = self.backend()
         proxier = self.listening(Endpoint("localhost", 1), backend.endpoint)
         self.assertEqual(await self.ask(self.client(proxier)), b"hello")
-        self.assertEqual(self.observer.failures, ["error"])
+        self.assertEqual([reason for _, reason in self.observer.misses], ["error"])
 
     async def test_descriptorsRunOutOnDial(self) -> None:
         """No descriptor for the endpoint's side: the client is reset, no other endpoint tried, accepting pauses."""
@@ -247,7 +247,7 @@ class DialingTests(TcpTestCase):
 
         real.dialer = Spent(reactor)
         self.assertEqual(await self.ask(self.client(real)), b"hello")
-        self.assertEqual(self.observer.failures, ["limit"])
+        self.assertEqual([reason for _, reason in self.observer.misses], ["limit"])
         self.assertFalse(self.budget.paused)
 
     async def test_bugInBalancer(self) -> None:

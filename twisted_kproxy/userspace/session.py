@@ -41,8 +41,8 @@ class Session:
     """
 
     __slots__ = (
-        "_attempt", "_client", "_dial", "_early", "_endpoint", "_failed", "_proxier", "_reading", "_relayed",
-        "_socket", "_started",
+        "_attempt", "_client", "_dial", "_early", "_endpoint", "_failed", "_proxier", "_reading", "_reason",
+        "_relayed", "_socket", "_started",
     )  # fmt: skip
 
     _socket: socket.socket
@@ -53,6 +53,7 @@ class Session:
         self._client = client
         self._attempt = 0
         self._failed: tuple[Endpoint, ...] = ()
+        self._reason = "error"
         self._dial: Dial | None = None
         self._relayed: Deferred[Outcome] | None = None
         self._early = b""
@@ -116,17 +117,18 @@ class Session:
             proxier.log.failure("A client of {pool} could not be served.", pool=str(proxier.pool))
             self._refuse("error")
         else:
-            self._refuse()
+            self._refuse(self._reason)
 
     def _blame(self, number: int) -> bool:
         """One try has failed. :return: whether another endpoint may do better."""
         proxier = self._proxier
-        proxier.observer.failed(proxier.pool, reasonOf(number))
+        self._reason = reasonOf(number)
         if number in EXHAUSTED:
             # This machine's fault, not the endpoint's; another one would fail alike.
             proxier.budget.exhausted()
-            self._refuse()
+            self._refuse(self._reason)
             return False
+        proxier.observer.missed(proxier.pool, self._endpoint, self._reason)
         self._failed += (self._endpoint,)
         return True
 
@@ -210,7 +212,7 @@ class Session:
         """
         End without an endpoint: the client sees a reset.
 
-        :param reason: for the observer, where it has not been told yet.
+        :param reason: for the observer; ``""`` where it was our own doing.
         """
         if self._dial is not None:
             self._dial.cancel()

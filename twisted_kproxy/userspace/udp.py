@@ -206,7 +206,7 @@ class UdpProxier(DatagramProtocol):
         else:
             self._flows.touch(flow, now)
         try:
-            self._send(flow or self._begin(key, now, now, ()), datagram)
+            self._send(flow or self._begin(key, now, now), datagram)
         except _NoWay as noWay:
             self._drop(noWay.reason)
 
@@ -257,7 +257,9 @@ class UdpProxier(DatagramProtocol):
 
     # --- flows -------------------------------------------------------------------------------------------------------
 
-    def _begin(self, key: FlowKey, now: float, since: float, tried: tuple[Endpoint, ...]) -> Flow:
+    def _begin(
+        self, key: FlowKey, now: float, since: float, tried: tuple[Endpoint, ...] = (), reason: str = "error"
+    ) -> Flow:
         host = key[0][0]
         client = host if "%" not in host else host.partition("%")[0]
         if self.transport is None:
@@ -269,6 +271,7 @@ class UdpProxier(DatagramProtocol):
                 self._observer.failed(self.pool, "no-endpoint")
                 raise _NoWay("no-endpoint") from None
             if endpoint in tried or len(tried) >= TRIES:
+                self._observer.failed(self.pool, reason)
                 raise _NoWay("failed")
             flow = Flow(key, endpoint, now, since, tried)
             self._makeRoom()
@@ -280,7 +283,8 @@ class UdpProxier(DatagramProtocol):
                 if number in _SHORT:
                     self._observer.failed(self.pool, "limit")
                     raise _NoWay("limit") from None
-                self._observer.failed(self.pool, _reason(number))
+                reason = _reason(number)
+                self._observer.missed(self.pool, endpoint, reason)
                 tried = (*tried, endpoint)
                 continue
             self._flows.add(flow)
@@ -309,11 +313,11 @@ class UdpProxier(DatagramProtocol):
         """The flow's endpoint has failed: lead the client to another, and send again what was not answered."""
         reason = _reason(number)
         self._end(flow, reason)
-        self._observer.failed(self.pool, reason)
+        self._observer.missed(self.pool, flow.endpoint, reason)
         now = self._reactor.seconds()
         since = now if flow.answered else flow.since
         try:
-            successor = self._begin(flow.key, now, since, (*flow.tried, flow.endpoint))
+            successor = self._begin(flow.key, now, since, (*flow.tried, flow.endpoint), reason)
             if flow.unanswered is not None:
                 self._send(successor, flow.unanswered)
         except _NoWay as noWay:
