@@ -26,7 +26,8 @@ from .. import __version__
 from ..core.values import Kind
 from ..interfaces import KproxyError, NotAvailable
 from . import errors
-from .credentials import ApiAccess, BearerToken
+from .authentication import Credentials
+from .credentials import ApiAccess
 from .stream import Listing, decodeListing
 
 #: Seconds until the headers of an answer must be there, connecting included.
@@ -176,12 +177,15 @@ class ApiClient:
     Talks to one API server.
 
     :param agent: how requests are sent.
+    :param credentials: who we are; by default what the access alone says.
     """
 
-    def __init__(self, clock: IReactorTime, access: ApiAccess, agent: IAgent) -> None:
+    def __init__(
+        self, clock: IReactorTime, access: ApiAccess, agent: IAgent, credentials: Credentials | None = None
+    ) -> None:
         self._clock = clock
         self._access = access
-        self._token = BearerToken(clock, access)
+        self._credentials = credentials or Credentials(clock, access)
         cookies = IndexableCookieJar(policy=DefaultCookiePolicy(allowed_domains=()))
         self._http = HTTPClient(agent, cookiejar=cookies)
 
@@ -230,9 +234,9 @@ class ApiClient:
         if asked:
             url += "?" + urlencode(asked)
         headers = {"Accept": "application/json", "User-Agent": f"kproxy/{__version__}"}
-        token = self._token.current()
-        if token:
-            headers["Authorization"] = f"Bearer {token}"
+        identity = await self._credentials.current()
+        if identity.token:
+            headers["Authorization"] = f"Bearer {identity.token}"
         try:
             # reactor: treq would import the global one otherwise.
             sent = self._http.get(
@@ -254,7 +258,7 @@ class ApiClient:
             raise errors.Unusable(f"the answer is {type or 'of no type'}, not application/json: is this an API server?")
         refusal = await self._refusal(response)
         if isinstance(refusal, errors.Unauthorized):
-            self._token.refused(token)
+            self._credentials.refused(identity)
         raise refusal
 
     def _headers(self, sent: Deferred[Any]) -> Deferred[IResponse]:
