@@ -16,11 +16,10 @@ from tests.fakes.pki import Authority
 from tests.integration.apirig import ApiCase
 from tests.shared.sources import Words
 from twisted_kproxy.config import ApiOptions
-from twisted_kproxy.interfaces import NotAvailable
-from twisted_kproxy.sources import agent, execplugin, proxies, tls
+from twisted_kproxy.sources import agent, execrun, proxies, tls
 from twisted_kproxy.sources.api import ApiSource, accessFor
 from twisted_kproxy.sources.credentials import Exec, Pem, Proxy
-from twisted_kproxy.sources.errors import ConnectionLost, Unauthorized, Unreachable, Unverified
+from twisted_kproxy.sources.errors import ConnectionLost, NoCredentials, Unauthorized, Unreachable, Unverified
 from twisted_kproxy.sources.proxychoice import withProxy
 
 BETA = "client.authentication.k8s.io/v1beta1"
@@ -241,15 +240,34 @@ class PluginTests(ApiCase):
         await self.error(done, ConnectionLost)
         self.assertEqual([it["peer"] for it in self.api.requests], ["one", "one", "two"])
 
+    async def test_certificateRefused(self) -> None:
+        """A certificate that the server refuses by TLS alone is renewed as well."""
+        mallory = Authority("mallory").issue("one")
+        command = self.script(
+            "get-pair",
+            "said = [open(sys.argv[1] + it).read() for it in ('.c', '.k')]\n"
+            + self.says('dict(zip(("clientCertificateData", "clientKeyData"), said))'),
+        )
+        for name, pair in (("pair", mallory), ("good", self.authority.issue("two"))):
+            self.write(f"{name}.c", pair[0])
+            self.write(f"{name}.k", pair[1])
+        spec = Exec(command, BETA, args=(os.path.join(self.folder, "pair"),))
+        client = self.client(self.serve("127.0.0.1", demand=True), exec=spec)
+        self.assertIn("issued by mallory", await self.error(self.list(client), Unverified))
+        for it in "ck":
+            os.replace(os.path.join(self.folder, f"good.{it}"), os.path.join(self.folder, f"pair.{it}"))
+        await self.list(client)
+        self.assertEqual(self.api.requests[0]["peer"], "two")
+
     async def test_hangs(self) -> None:
         """One that hangs is killed with all that it has started."""
-        self.patch(execplugin, "TIME_LIMIT", 1.0)
+        self.patch(execrun, "TIME_LIMIT", 1.0)
         command = self.script(
             "hang",
             "child = os.fork()\nopen(sys.argv[1] + str(child), 'w').close() if child else None\ntime.sleep(60)",
         )
         pids = os.path.join(self.folder, "pids-")
-        text = await self.error(self.list(self.plugin(command, args=(pids,))), NotAvailable)
+        text = await self.error(self.list(self.plugin(command, args=(pids,))), NoCredentials)
         self.assertIn(f"exec plugin {command}: it did not end within 1 s", text)
         (child,) = (int(name[5:]) for name in os.listdir(self.folder) if name.startswith("pids-"))
         await self.until(lambda: not _alive(child))
@@ -279,7 +297,7 @@ class PluginTests(ApiCase):
              f"configured to use {BETA}, and printed client.authentication.k8s.io/v1"),
         ):
             command = self.script(name, body)
-            text = await self.error(self.list(self.plugin(command)), NotAvailable)
+            text = await self.error(self.list(self.plugin(command)), NoCredentials)
             self.assertIn(f"exec plugin {command}: ", text)
             self.assertIn(part, text)
             self.assertNotIn("s3cr3t", text)
@@ -290,7 +308,7 @@ class PluginTests(ApiCase):
         """A file that cannot be run."""
         path = self.write("text", "no program")
         os.chmod(path, 0o755)
-        await self.error(self.list(self.plugin(path)), NotAvailable)
+        await self.error(self.list(self.plugin(path)), NoCredentials)
         self.assertIn("says: it cannot be run: Exec format error", self.logged())
 
     async def test_stopped(self) -> None:

@@ -15,6 +15,7 @@ from twisted_kproxy.redaction import redacted
 from twisted_kproxy.sources.api import accessFaults, accessFor
 from twisted_kproxy.sources.authentication import BearerToken, Credentials
 from twisted_kproxy.sources.credentials import ApiAccess, Pem, checked, checkedServer, explicit, inCluster, readFile
+from twisted_kproxy.sources.errors import NoCredentials
 from twisted_kproxy.sources.tls import TlsPolicy
 
 
@@ -231,7 +232,7 @@ class BearerTokenTests(FilesCase):
         self.assertIs(self.successResultOf(credentials.current()), two)
         os.unlink(self.path)
         credentials.refused(two)
-        self.failureResultOf(credentials.current(), NotAvailable)
+        self.failureResultOf(credentials.current(), NoCredentials)
 
     def test_plainHttp(self) -> None:
         """No token goes over an open connection."""

@@ -18,6 +18,7 @@ from tests.fakes.processes import ProcessClock, credential
 from twisted_kproxy.interfaces import NotAvailable
 from twisted_kproxy.redaction import redacted
 from twisted_kproxy.sources.credentials import ApiAccess, Exec, Identity, Pem, Proxy
+from twisted_kproxy.sources.errors import NoCredentials
 from twisted_kproxy.sources.execplugin import ExecPlugin, execInfo, findCommand, parseCredential
 
 V1 = "client.authentication.k8s.io/v1"
@@ -57,7 +58,7 @@ class PluginCase(SynchronousTestCase):
         return self.successResultOf(d)
 
     def failure(self, d: Deferred[Identity]) -> str:
-        return str(self.failureResultOf(d, NotAvailable).value)
+        return str(self.failureResultOf(d, NoCredentials).value)
 
     def logged(self) -> str:
         return "\n".join(formatEvent(it) or "" for it in self.events)
@@ -185,6 +186,41 @@ class RunTests(PluginCase):
         run.end(signal=9)
         self.successResultOf(closed)
         self.assertEqual(self.answered(plugin, token="abc").token, "abc")
+
+    def test_cannotDie(self) -> None:
+        """A program that does not even go when it is killed holds up nobody, and may end whenever it likes."""
+        plugin = self.plugin()
+        d = self.ask(plugin)
+        stuck = self.clock.runs[0]
+        stuck.stubborn = True
+        self.clock.advance(30)
+        self.assertEqual(stuck.killed, ["KILL"])
+        self.clock.advance(2)
+        self.assertIn("did not end within 30 s", self.failure(d))
+        d = self.ask(plugin)
+        stuck.say(credential("late")).end(signal=9)
+        self.assertNoResult(d)
+        self.clock.runs[1].say(credential("abc")).end()
+        self.assertEqual(self.successResultOf(d).token, "abc")
+
+    def test_cannotDieAtTheEnd(self) -> None:
+        """Nor does it hold up the end."""
+        plugin = self.plugin()
+        d = self.ask(plugin)
+        self.clock.runs[0].stubborn = True
+        d.cancel()
+        self.failureResultOf(d)
+        closed = plugin.close()
+        self.clock.advance(2)
+        self.successResultOf(closed)
+
+    def test_tooMuchToTell(self) -> None:
+        """A bundle of authorities that no environment can hold is said to be that."""
+        spec = Exec("/bin/true", V1, provideClusterInfo=True)
+        access = ApiAccess("https://a", "test", exec=spec, certificateAuthority=Pem("ca", data=b"x" * 100_000))
+        plugin = ExecPlugin(self.clock, access, spec, {}, lambda: NOON)
+        self.assertIn("provideClusterInfo", self.failure(plugin.current()))
+        self.assertEqual(self.clock.runs, [])
 
     def test_cannotStart(self) -> None:
         """Where no process can be had, that is an error like others."""
@@ -357,6 +393,19 @@ class CertificateTests(PluginCase):
         self.answered(plugin, **second)
         self.assertEqual(changes, [tuple(it.encode() for it in second.values())])
 
+    def test_pairRefused(self) -> None:
+        """A certificate over which the server ended TLS is renewed; there is no 401 then."""
+        plugin = self.plugin()
+        plugin.pairRefused()
+        self.answered(plugin, token="abc")
+        plugin.pairRefused()
+        self.assertEqual(self.successResultOf(self.ask(plugin)).token, "abc")
+        plugin.refused(self.successResultOf(self.ask(plugin)))
+        self.answered(plugin, **self.pair())
+        plugin.pairRefused()
+        self.answered(plugin, **self.pair())
+        self.assertEqual(len(self.clock.runs), 3)
+
     def test_unusable(self) -> None:
         """A key that is none, is locked, or is another's, and half a pair, are errors that show nothing of it."""
         good, other = self.pair(), self.pair()
@@ -415,11 +464,15 @@ class OutputTests(PluginCase):
 
     def test_secrets(self) -> None:
         """A token and a key that it gave are hidden from then on, in what it says as in everything else."""
-        plugin = self.plugin(env=(("AWS_SECRET_ACCESS_KEY", "sup3r-s3cr3t-k3y"), ("STAGE", "production")))
+        plugin = self.plugin(
+            args=("--client-secret=cl13nt-s3cr3t", "--password", "p4ssw0rd-arg", "--token-file", "/t"),
+            env=(("AWS_SECRET_ACCESS_KEY", "sup3r-s3cr3t-k3y"), ("STAGE", "production")),
+        )
         d = self.ask(plugin)
         self.clock.runs[0].say(credential("t0k3n-of-n0d3"), b"got t0k3n-of-n0d3 from there\n").end()
         self.successResultOf(d)
         self.assertEqual(redacted("x t0k3n-of-n0d3 sup3r-s3cr3t-k3y production"), "x *** *** production")
+        self.assertEqual(redacted("x cl13nt-s3cr3t p4ssw0rd-arg"), "x *** ***")
         self.assertNotIn("t0k3n", self.logged())
         self.assertIn("says: got *** from there", self.logged())
         for it in (plugin.status(), plugin._identity, repr(plugin), vars(plugin)["_spec"]):

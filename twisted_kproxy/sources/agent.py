@@ -6,7 +6,7 @@ cut at once.
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from msgspec.structs import replace
@@ -106,8 +106,7 @@ class _Connection:
         for whose, attempt in self._attempts:
             text = attempt.explained(reason.value)
             if text:
-                if self._agent.policy is not None:
-                    self._agent.policy.expire()
+                self._agent.tlsFailed(attempt)
                 raise Unverified(f"TLS failed: {whose}{text}") from None
         return reason
 
@@ -226,6 +225,17 @@ class ApiAgent:
         if self._credentials is None:
             return d
         return gatherResults([d, self._credentials.close()]).addCallback(lambda _: None)
+
+    def tlsFailed(self, attempt: TlsAttempt) -> None:
+        """Other certificates may mend it: look for some before the next connection."""
+        if self.policy is not None:
+            self.policy.expire()
+        if attempt.alerted and self._credentials is not None:
+            self._credentials.pairRefused()
+
+    def status(self) -> Mapping[str, Any]:
+        """JSON-able facts for operators."""
+        return self.policy.status() if self.policy is not None else {}
 
     def _cut(self) -> None:
         for link in list(self.links):

@@ -163,6 +163,6 @@ class ApiSource(Service):
             "access": self._access.manner(),
             "origin": self._access.origin,
             "proxy": str(self._access.proxy or ""),
-            "credentials": self._credentials.status(),
+            "credentials": {**self._credentials.status(), **getattr(self._agent, "status", dict)()},
             "kinds": {kind: reflector.status() for kind, reflector in self._reflectors.items()},
         }

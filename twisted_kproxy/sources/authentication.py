@@ -16,6 +16,7 @@ from twisted.logger import Logger
 from ..interfaces import NotAvailable
 from ..redaction import hide
 from .credentials import ANONYMOUS, ApiAccess, Identity, asToken, readFile, timeOfDay
+from .errors import NoCredentials
 from .execplugin import ExecPlugin
 
 #: Seconds after which a token file is read again: client-go's minute, less its leeway of ten seconds.
@@ -58,12 +59,13 @@ class BearerToken:
         try:
             self._token = asToken(readFile(self._path, "token file"), self._path)
         except NotAvailable as error:
+            if str(error) != self._fault:
+                what = "The last token stays in use" if self._token else "There is no token to be had"
+                self.log.warn("{what}: {error}", what=what, error=str(error))
+            self._fault = str(error)
             if not self._token:
                 self._readAt = None
                 raise
-            if str(error) != self._fault:
-                self.log.warn("The last token stays in use: {error}", error=str(error))
-            self._fault = str(error)
         else:
             self._fault = ""
             hide(self._token)
@@ -104,14 +106,14 @@ class Credentials:
         Who to be for a request that is made now.
 
         :return: fires at once, save where a plugin has to run first (at most half a minute); fails with
-            :class:`~twisted_kproxy.interfaces.NotAvailable`. Cancelling it is harmless to others who wait.
+            :class:`~twisted_kproxy.sources.errors.NoCredentials`. Cancelling it is harmless to others who wait.
         """
         if self._plugin is not None:
             return self._plugin.current()
         try:
             token = self._bearer.current()
         except NotAvailable as error:
-            return fail(error)
+            return fail(NoCredentials(str(error)))
         if token != self._identity.token:
             self._identity = Identity(token)
         return succeed(self._identity)
@@ -122,6 +124,11 @@ class Credentials:
             self._plugin.refused(identity)
         elif identity.token:
             self._bearer.refused(identity.token)
+
+    def pairRefused(self) -> None:
+        """The server ended TLS over the plugin's client certificate: have it renewed."""
+        if self._plugin is not None:
+            self._plugin.pairRefused()
 
     def pair(self) -> tuple[bytes, bytes] | None:
         """Client certificates and key in PEM that the plugin gave last."""

@@ -9,35 +9,28 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import signal
-import sys
 from base64 import b64encode
 from collections.abc import Callable, Mapping
 from datetime import datetime
+from itertools import pairwise
 from typing import Annotated, Any
 from urllib.parse import quote
 
 import msgspec
 from msgspec import Meta, Struct
 from twisted.internet.defer import Deferred, succeed
-from twisted.internet.error import ProcessDone, ProcessExitedAlready
-from twisted.internet.interfaces import IDelayedCall
-from twisted.internet.protocol import ProcessProtocol
 from twisted.logger import Logger
-from twisted.python.failure import Failure
 
 from ..interfaces import NotAvailable
 from ..redaction import MASK, hide
 from .certificates import keyPair, moment
 from .credentials import ApiAccess, Exec, Identity, Proxy, asToken, netloc, timeOfDay
-from .errors import short
+from .errors import NoCredentials, short
+from .execrun import Run
 
-#: Seconds that one run may take.
-TIME_LIMIT = 30.0
-#: Bytes that it may print.
-OUTPUT_LIMIT = 1 << 20
-#: Bytes of standard error that are kept for the log, and lines of it that get there.
-STDERR_LIMIT = 8192
+#: Bytes that it can be told: Linux takes 128 KiB for one variable.
+INFO_LIMIT = 120 * 1024
+#: Lines of standard error that get into the log.
 STDERR_LINES = 20
 #: Seconds between two such reports, and between two lines about a plugin that goes on failing.
 LOG_EVERY = 60.0
@@ -45,19 +38,6 @@ LOG_EVERY = 60.0
 LEEWAY = 10.0
 #: Seconds after a failed run until another one is tried while the credentials are still good.
 RETRY_AGE = 5.0
-#: Seconds that output may stay open once the program has ended: what it leaves behind in the background may hold it.
-_LINGER = 1.0
-
-# A session of its own, so that the program goes with everything that it has started when its time is up.
-_LAUNCH = """
-import os, signal, sys
-signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-os.setsid()
-try:
-    os.execv(sys.argv[1], sys.argv[2:])
-except OSError as error:
-    sys.exit(f"it cannot be run: {error.strerror}")
-"""
 #: Told to this process alone by systemd.
 _NOT_INHERITED = ("NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC", "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
 _SOUNDS_SECRET = re.compile(r"(?i)password|passwd|secret|token|credential|api_?key|private_?key")
@@ -75,81 +55,6 @@ class _Credential(Struct, rename="camel"):
     apiVersion: str = ""
     kind: str = ""
     status: _Status | None = None
-
-
-class _Run(ProcessProtocol):
-    """
-    One run of the program.
-
-    :param ended: called once with its output, and why that does not count (``""`` where it does).
-    """
-
-    def __init__(self, reactor: Any, ended: Callable[[bytes, bytes, str], None]) -> None:
-        self._reactor = reactor
-        self._ended = ended
-        self._out: list[bytes] = []
-        self._err: list[bytes] = []
-        self._size = self._errSize = 0
-        self._fault = ""
-        self.cancelled = False
-        self._timer: IDelayedCall = reactor.callLater(TIME_LIMIT, self._late)
-
-    def connectionMade(self) -> None:
-        self.transport.closeStdin()  # type: ignore[union-attr]
-
-    def outReceived(self, data: bytes) -> None:
-        self._size += len(data)
-        if self._size > OUTPUT_LIMIT:
-            self._out.clear()
-            self.kill(f"it printed more than {OUTPUT_LIMIT} bytes")
-        else:
-            self._out.append(data)
-
-    def errReceived(self, data: bytes) -> None:
-        if self._errSize < STDERR_LIMIT:
-            self._err.append(data[: STDERR_LIMIT - self._errSize])
-        self._errSize += len(data)
-
-    def _late(self) -> None:
-        self.kill(f"it did not end within {TIME_LIMIT:g} s")
-
-    def cancel(self) -> None:
-        """End it, since nobody wants its output any more."""
-        self.cancelled = True
-        self.kill("it was not needed any more")
-
-    def kill(self, why: str) -> None:
-        """End it, and all that it has started."""
-        self._fault = self._fault or why
-        pid = getattr(self.transport, "pid", None)
-        try:
-            # Only where the session is its own already: a group of somebody else is nothing to kill.
-            if isinstance(pid, int) and pid > 1 and os.getpgid(pid) == pid:
-                os.killpg(pid, signal.SIGKILL)
-        except OSError:
-            pass  # it has ended meanwhile
-        try:
-            self.transport.signalProcess("KILL")  # type: ignore[union-attr]
-        except ProcessExitedAlready:
-            pass
-
-    def processExited(self, reason: Failure) -> None:
-        if self._timer.active():
-            self._timer.cancel()
-        self._timer = self._reactor.callLater(_LINGER, self._hangUp)
-
-    def _hangUp(self) -> None:
-        self.transport.loseConnection()  # type: ignore[union-attr]
-
-    def processEnded(self, reason: Failure) -> None:
-        if self._timer.active():
-            self._timer.cancel()
-        fault = self._fault
-        if not fault and not reason.check(ProcessDone):  # type: ignore[no-untyped-call]
-            status, number = getattr(reason.value, "status", None), getattr(reason.value, "signal", None)
-            code = getattr(reason.value, "exitCode", None)
-            fault = f"it was ended by signal {number}" if number else f"it ended with exit status {code or status}"
-        self._ended(b"".join(self._out), b"".join(self._err), fault)
 
 
 class ExecPlugin:
@@ -188,15 +93,17 @@ class ExecPlugin:
         self._endsAt: float | None = None
         self._until = ""
         self._askers: list[Deferred[Identity]] = []
-        self._run: _Run | None = None
+        self._run: Run | None = None
         self._closing: list[Deferred[None]] = []
         self._runs = 0
         self._fault = ""
         self._failedAt: float | None = None
         self._loggedAt: dict[str, float] = {}
         self.changed: Callable[[], None] = lambda: None
-        for name, value in spec.env:
-            if len(value) >= 8 and _SOUNDS_SECRET.search(name):
+        # Twisted quotes the arguments where a program cannot be started.
+        flags = (it.partition("=")[::2] for it in spec.args)
+        for name, value in (*spec.env, *flags, *pairwise(spec.args)):
+            if _SOUNDS_SECRET.search(name) and not value.startswith("-"):
                 hide(value)
 
     # --- what others ask
@@ -218,6 +125,11 @@ class ExecPlugin:
     def refused(self, identity: Identity) -> None:
         """The server did not take that. Where it is still what is in use, the next one who asks has it renewed."""
         if identity is self._identity:
+            self._refused = True
+
+    def pairRefused(self) -> None:
+        """The same for its client certificate alone."""
+        if self.pair() is not None:
             self._refused = True
 
     def pair(self) -> tuple[bytes, bytes] | None:
@@ -255,17 +167,14 @@ class ExecPlugin:
         if self._run is not None:
             return
         self._runs += 1
-        run = _Run(self._reactor, self._ended)
+        run = Run(self._reactor, self._ended)
         try:
             path = findCommand(self._spec, self._environ)
-            argv = [path, *self._spec.args]
-            if sys.executable:
-                argv = [sys.executable, "-I", "-S", "-c", _LAUNCH, path, *argv]
+            env = self._environment()
             self._run = run
-            self._reactor.spawnProcess(run, argv[0], argv, env=self._environment())
+            run.start(path, self._spec.args, env)
         except (NotAvailable, OSError, ValueError, TypeError) as error:
-            if run._timer.active():
-                run._timer.cancel()
+            run.stop()
             self._run = None
             what = str(error) if isinstance(error, NotAvailable) else f"{self._name} cannot be started: {error}"
             self._failed(what)
@@ -273,7 +182,10 @@ class ExecPlugin:
     def _environment(self) -> dict[str, str]:
         env = {name: value for name, value in self._environ.items() if name not in _NOT_INHERITED}
         env.update(self._spec.env)
-        env["KUBERNETES_EXEC_INFO"] = execInfo(self._access, self._spec)
+        info = env["KUBERNETES_EXEC_INFO"] = execInfo(self._access, self._spec)
+        if len(info) > INFO_LIMIT:
+            raise NotAvailable(f"{self._name}: what it is to be told of the cluster is longer than {INFO_LIMIT} bytes; "
+                               "give a certificate authority of its own, or set provideClusterInfo to false")
         return env
 
     def _ended(self, out: bytes, err: bytes, fault: str) -> None:
@@ -329,10 +241,12 @@ class ExecPlugin:
         now = self._reactor.seconds()
         self._fault, self._failedAt = fault, now
         askers, self._askers = self._askers, []
-        if self._identity is not None and self._good(now) and self._due("failed", now):
-            self.log.warn("The last credentials stay in use: {error}", error=fault)
+        if self._due("failed", now):
+            kept = self._identity is not None and self._good(now)
+            what = "The last credentials stay in use" if kept else "There are no credentials to be had"
+            self.log.warn("{what}: {error}", what=what, error=fault)
         for d in askers:
-            d.errback(NotAvailable(fault))
+            d.errback(NoCredentials(fault))
 
     def _report(self, out: bytes, err: bytes) -> None:
         """What the program said on standard error, for the log: without anything that stands in its output, too."""

@@ -50,6 +50,7 @@ class TlsAttempt:
     :param insecure: do not ask for proof.
     :param us: our client certificate, ``None`` where we have none.
     :param trusted: the authorities in words.
+    :ivar alerted: after :meth:`explained`: it was the server that ended it, while we have a client certificate.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class TlsAttempt:
         self._trusted = trusted
         self._wall = wall
         self._fault = ""
+        self.alerted = False
 
     def clientConnectionForTLS(self, tlsProtocol: TLSMemoryBIOProtocol) -> SSL.Connection:
         connection = SSL.Connection(self._context, None)
@@ -143,6 +145,7 @@ class TlsAttempt:
             if "certificate" in said or "handshake failure" in said:
                 hint = ": it may want a client certificate, and there is none"
             return f"the server ended it ({said}){hint}"
+        self.alerted = True
         fault = validity(self._us, self._wall())
         until = fault or f"is valid until {moment(self._us.not_valid_after_utc)}"
         ours = f"our client certificate ({subject(self._us)}, issued by {issuer(self._us)}) {until}"
@@ -194,8 +197,15 @@ class _Material:
         else:
             anchors = [Certificate(X509.from_cryptography(it)) for it in self.authorities]  # type: ignore[no-untyped-call]
             trust = {"trustRoot": trustRootFromCertificates(anchors)}  # type: ignore[no-untyped-call]
-        # A proxy gets to see no client certificate.
-        self.context, self.bare = _context({**trust, **extra}), _context(trust)
+        self.context = _context({**trust, **extra})
+        self._trust = trust
+        self._bare: SSL.Context | None = None
+
+    def bare(self) -> SSL.Context:
+        """One without client certificate, which is nothing for a proxy to see."""
+        if self._bare is None:
+            self._bare = _context(self._trust)
+        return self._bare
 
 
 def _context(options: dict[str, Any]) -> SSL.Context:
@@ -258,7 +268,8 @@ class TlsPolicy:
             names = ", ".join(dict.fromkeys(subject(each) for each in it.authorities[:4]))
             trusted = f"those of {ca.origin if ca else ''}: {names}"
         us = it.chain[0] if it.chain and isServer else None
-        return TlsAttempt(it.context if isServer else it.bare, name, self._access.insecure, us, trusted, self._wall)
+        context = it.context if isServer else it.bare()
+        return TlsAttempt(context, name, self._access.insecure, us, trusted, self._wall)
 
     def expire(self) -> None:
         """Something failed that other certificates may mend: read the files again before the next connection."""
