@@ -3,12 +3,14 @@ kproxy at work, on one machine and without a cluster.
 
 Makes a "node", two "pods" and an outside "client" out of network namespaces, runs the daemon in the node on
 ``etc/kproxy.ini``, and sends requests. Nothing outside these namespaces is touched; all of it goes away at the end.
+The namespaces have fixed names, so that one can look into them: only one demonstration runs at a time.
 
 Usage: demo.py [--once]
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -16,11 +18,14 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from typing import TextIO
 
 ROOT = Path(__file__).resolve().parent.parent
 NODE, POD_A, POD_B, CLIENT = (f"kproxy-demo-{name}" for name in ("node", "pod-a", "pod-b", "client"))
 PODS = {POD_A: 11, POD_B: 12}
 LOG = ROOT / "kproxy-demo.log"
+#: Held for as long as a demonstration runs; the kernel lets go of it when the process is gone, however it went.
+LOCK = Path("/run/kproxy-demo.lock")
 NODE_IP, NODE_IP6 = "192.0.2.1", "2001:db8:2::1"
 
 faults: list[str] = []
@@ -45,6 +50,24 @@ def spawn(namespace: str, *argv: str, log: Path | None = None) -> subprocess.Pop
         ["ip", "netns", "exec", namespace, *argv],
         stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, text=True, cwd=ROOT, start_new_session=True,
     )
+
+
+def claim() -> TextIO:
+    """
+    Be the only demonstration on this machine, for as long as the file that this gives is open. What a dead one has
+    left, and whatever still runs in there, is nobody's and may be removed.
+    """
+    lock = LOCK.open("a+")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        other = lock.read().strip() or "unknown"
+        raise SystemExit(f"make demo: another one is running here (process {other}): end it first, with kill {other}")
+    lock.truncate(0)
+    lock.write(f"{os.getpid()}\n")
+    lock.flush()
+    return lock
 
 
 def makeNetwork() -> None:
@@ -85,7 +108,7 @@ def route(namespace: str, *gateways: str) -> None:
 
 
 def removeNetwork() -> None:
-    """Also what an earlier run may have left, and whatever still runs in there."""
+    """Also what a demonstration that was killed has left, and whatever still runs in there."""
     known = run("ip", "netns", "list").split()
     for namespace in (NODE, POD_A, POD_B, CLIENT):
         if namespace in known:
@@ -181,14 +204,16 @@ def demonstrate(backends: dict[str, subprocess.Popen[str]]) -> None:
     backends[POD_A] = backend(POD_A)
 
 
-def stop(process: subprocess.Popen[str], number: int = signal.SIGTERM) -> None:
-    if process.poll() is None:
+def stop(process: subprocess.Popen[str]) -> None:
+    """End a process. The daemon lets open connections go on after the first signal, and cuts them after the second."""
+    for number, seconds in ((signal.SIGTERM, 3), (signal.SIGTERM, 10), (signal.SIGKILL, None)):
+        if process.poll() is not None:
+            break
         os.kill(process.pid, number)
         try:
-            process.wait(15)
+            process.wait(seconds)
         except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+            continue
     if process.stdout is not None:
         process.stdout.close()
 
@@ -205,7 +230,23 @@ The proxy stays up. Try, in another terminal:
   ip netns exec {NODE} nft list table inet kproxy              # the rules (with the nftables writer)
   $EDITOR etc/services.d/demo.yaml                                    # changes are served as soon as they are saved
 
-Ctrl-C ends it and removes all it made.""", flush=True)
+Ctrl-C, or kill {os.getpid()}, ends it and removes all it made.""", flush=True)
+
+
+class Ended(Exception):
+    """A signal asks this process to end."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+def endOn(*numbers: int) -> None:
+    def caught(number: int, _frame: object) -> None:
+        raise Ended(number)
+
+    for number in numbers:
+        signal.signal(number, caught)
 
 
 def main() -> int:
@@ -213,7 +254,13 @@ def main() -> int:
     if os.geteuid():
         print("make demo needs root: it makes network namespaces and writes rules in them.", file=sys.stderr)
         return 1
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    began = time.monotonic()
+    lock = claim()
+    # A shell that starts this in the background may have it ignore Ctrl-C; so be it. SIGTERM always works.
+    endOn(signal.SIGTERM, signal.SIGHUP)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        endOn(signal.SIGINT)
+    status, shown = 0, False
     backends: dict[str, subprocess.Popen[str]] = {}
     daemon: subprocess.Popen[str] | None = None
     try:
@@ -221,21 +268,27 @@ def main() -> int:
         backends.update((namespace, backend(namespace)) for namespace in PODS)
         daemon = startDaemon()
         demonstrate(backends)
-        print(f"\n{len(faults)} of the steps above went wrong." if faults else "\nAll as it should be.", flush=True)
+        said = f"{len(faults)} of the steps above went wrong" if faults else "All as it should be"
+        print(f"\n{said}; it took {time.monotonic() - began:.0f} s.", flush=True)
+        shown = True
         if not once:
             invite()
             daemon.wait()
             print("The daemon has ended; its log is", LOG)
-    except KeyboardInterrupt:
-        print("\nRemoving everything.")
+    except Ended as ended:
+        print(f"\n{ended}: removing everything.", flush=True)
+        # At a terminal Ctrl-C is how the demonstration ends; before it is through, it has not shown everything.
+        status = 0 if ended.number == signal.SIGINT and shown else 128 + ended.number
     finally:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
         if daemon is not None:
             stop(daemon)
         for process in backends.values():
             stop(process)
         removeNetwork()
-    return 1 if faults else 0
+        lock.close()
+    return 1 if faults else status
 
 
 if __name__ == "__main__":

@@ -216,14 +216,20 @@ class _Reading:
             choice = "kubeconfig = FILE, in-cluster = yes, or server = https://…"
             self._fault(section.line, f"[{section.name}] does not say where the API server is: give {choice}")
         for other in ways[1:]:
-            fault(other.name, f"contradicts {ways[0].name} on line {self._line(section.name, ways[0].name)}: keep one")
-        extras = [key for key in SOURCE_KEYS["api"][3:] if given(key.attribute) and key.name != "watch-list"]
+            if (ways[0].attribute, other.attribute) != ("inCluster", "server"):  # the account of a pod, used elsewhere
+                line = self._line(section.name, ways[0].name)
+                fault(other.name, f"contradicts {ways[0].name} on line {line}: keep one")
         server = values.get("server")
-        for key in extras:
-            if ways and not server:
+        for key in SOURCE_KEYS["api"][3:]:
+            if not given(key.attribute) or key.attribute in ("proxyUrl", "watchList"):
+                continue
+            isName = key.attribute == "tlsServerName"
+            if ways and ways[0].attribute != "server" and not (isName and ways[0].attribute == "inCluster"):
                 fault(key.name, f"goes with server, not with {ways[0].name}, which brings its own: remove it")
             elif isinstance(server, str) and server.startswith("http:"):
                 fault(key.name, "needs an https server: over http it would be worthless or be read by others")
+        if given("inCluster") and isinstance(server, str) and server.startswith("http:"):
+            fault("server", "must be an https server beside in-cluster: the pod's token would be read by others")
         if given("clientCertificate") and not given("clientKey"):
             fault("client-certificate", "needs client-key, the file of its private key")
         if given("clientKey") and not given("clientCertificate"):
@@ -324,7 +330,7 @@ def checkFiles(
             if source.inCluster:
                 inside = ("token", "ca.crt")
                 faults += _fileFaults(f"{section} in-cluster", {it: f"{SERVICE_ACCOUNT}/{it}" for it in inside})
-                if not environ.get("KUBERNETES_SERVICE_HOST"):
+                if not source.server and not environ.get("KUBERNETES_SERVICE_HOST"):
                     faults.append(f"{section} in-cluster: KUBERNETES_SERVICE_HOST is not set; is this not a pod?")
             if access is not None and len(faults) == before:
                 try:

@@ -12,10 +12,12 @@ from .configvalues import (
     CIDRS,
     DURATION,
     DURATIONS,
+    HOST_NAME,
     NODE_NAME,
     PORT_RANGE,
     POSITIVE_DURATION,
     PROXY_NAME,
+    PROXY_URL,
     SERVER,
     SWITCH,
     HostPort,
@@ -44,7 +46,10 @@ class InvalidConfig(KproxyError):
 
 
 class ApiOptions(Struct, frozen=True):
-    """``[source:NAME]`` with ``type = api``. Exactly one of kubeconfig, in-cluster and server is given."""
+    """
+    ``[source:NAME]`` with ``type = api``. Exactly one of kubeconfig, in-cluster and server is given; server may also
+    stand beside in-cluster.
+    """
 
     name: str
     kubeconfig: str = ""
@@ -54,6 +59,8 @@ class ApiOptions(Struct, frozen=True):
     caFile: str = ""
     clientCertificate: str = ""
     clientKey: str = ""
+    tlsServerName: str = ""
+    proxyUrl: str = ""
     watchList: str = "auto"
     type: Literal["api"] = "api"
 
@@ -125,6 +132,8 @@ SOURCE_KEYS: dict[str, tuple[Key, ...]] = {
         Key("ca-file", "caFile", PATH),
         Key("client-certificate", "clientCertificate", PATH),
         Key("client-key", "clientKey", PATH),
+        Key("tls-server-name", "tlsServerName", HOST_NAME),
+        Key("proxy-url", "proxyUrl", PROXY_URL),
         Key("watch-list", "watchList", oneOf(("auto", "off"))),
     ),
     "files": (Key("path", "path", PATH), Key("poll-interval", "pollSeconds", POSITIVE_DURATION)),

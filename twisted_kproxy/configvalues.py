@@ -207,6 +207,20 @@ def readServer(text: str) -> str:
     return text
 
 
+def readHostName(text: str) -> str:
+    """A host name or address to be verified in a certificate."""
+    if not re.fullmatch(r"[A-Za-z0-9._:-]{0,253}", text):
+        raise ValueError("must be a host name or an address, such as kubernetes.default.svc")
+    return text
+
+
+def readProxyUrl(text: str) -> str:
+    """Where the API server is reached through; the source judges the rest."""
+    if text in ("", "none", "environment") or re.fullmatch(r"(http|https|socks5)://\S+", text):
+        return text
+    raise ValueError("must be none, environment, or the URL of a proxy such as http://10.0.0.9:3128 or socks5://…")
+
+
 def masked(text: str) -> str:
     """The same without what stands before an ``@`` in a URL."""
     return re.sub(r"//\S*@", "//***@", text)
@@ -222,3 +236,5 @@ NODE_NAME = Value(readNodeName)
 PROXY_NAME = Value(readProxyName)
 SWITCH = Value(readSwitch, lambda value: "yes" if value else "no")
 SERVER = Value(readServer, masked)
+HOST_NAME = Value(readHostName)
+PROXY_URL = Value(readProxyUrl, masked)

@@ -7,15 +7,12 @@ machines. Whatever the form, registered secrets and credentials in headers or UR
 
 from __future__ import annotations
 
-import re
 import sys
-from base64 import b64encode
 from collections.abc import Callable, Hashable
 from datetime import UTC, datetime
 from json import dumps
 from math import isfinite
 from typing import Any, Protocol, TextIO, cast
-from urllib.parse import quote
 
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import (
@@ -31,62 +28,15 @@ from twisted.logger import (
 from twisted.python.failure import Failure
 from zope.interface import implementer, provider
 
-MASK = "***"
-#: How many secrets are remembered; the oldest goes first. Tokens are renewed all day long, and old ones expire.
-REMEMBERED = 1000
+from .redaction import MASK, hide, redacted
 
-_ALWAYS = (
-    (re.compile(r"(?i)\b(bearer\s+)[A-Za-z0-9._~+/=-]+"), rf"\1{MASK}"),
-    (re.compile(r"""(?i)\b(authorization["']?\s*[:=,]\s*[\[(]*\s*(?:b?["'])?)[^"'\r\n\])}]+"""), rf"\1{MASK}"),
-    (re.compile(r"\beyJ[\w-]{8,}\.[\w-]+(?:\.[\w-]+)?"), MASK),  # JSON web tokens (RFC 7519), as service accounts have
-    (re.compile(r"(//)[^/\s@\"']+@"), rf"\1{MASK}@"),
-)
+__all__ = ["MASK", "LineObserver", "Once", "hide", "journal", "json", "redacted", "text", "useJournalFormat"]
+
 #: syslog(3) priorities, as sd-daemon(3) reads them at the head of a line.
 _PRIORITIES = {LogLevel.debug: 7, LogLevel.info: 6, LogLevel.warn: 4, LogLevel.error: 3, LogLevel.critical: 2}
 #: What is said in another way, or by the machinery of Twisted's older logging.
 _OWN = frozenset({"time", "level", "namespace", "message", "traceback"})
 _LEGACY = frozenset({"isError", "system", "format", "why", "failure", "message", "time", "log_text"})
-
-
-class _Secrets:
-    """Secrets that must not come out, in every spelling in which they might."""
-
-    def __init__(self) -> None:
-        self._known: dict[str, frozenset[str]] = {}
-        self._pattern: re.Pattern[str] | None = None
-
-    def hide(self, secret: str) -> None:
-        if not secret.strip() or secret in self._known:
-            return
-        while len(self._known) >= REMEMBERED:
-            del self._known[next(iter(self._known))]
-        spellings = {secret, secret.strip(), quote(secret, safe=""), repr(secret)[1:-1]}
-        spellings.add(b64encode(secret.encode("utf-8", "surrogateescape")).decode("ascii"))
-        # A key in PEM has many lines, and each may come out alone.
-        spellings.update(line for line in secret.splitlines() if len(line) >= 16 and not line.startswith("-----"))
-        self._known[secret] = frozenset(spellings)
-        every = sorted({it for known in self._known.values() for it in known}, key=len, reverse=True)
-        self._pattern = re.compile("|".join(re.escape(it) for it in every))
-
-    def redacted(self, text: str) -> str:
-        if self._pattern is not None:
-            text = self._pattern.sub(MASK, text)
-        for pattern, replacement in _ALWAYS:
-            text = pattern.sub(replacement, text)
-        return text
-
-
-_secrets = _Secrets()
-
-
-def hide(secret: str) -> None:
-    """From now on this value comes out of no log as anything but ``***``. Empty ones are ignored."""
-    _secrets.hide(secret)
-
-
-def redacted(text: str) -> str:
-    """The text without registered secrets, bearer tokens, ``Authorization`` values and user names in URLs."""
-    return _secrets.redacted(text)
 
 
 class _Writable(Protocol):

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from .core.values import Endpoint, PoolName, Problem, ServiceMap, ServicePort, ServicePortName
 from .interfaces import IDataplane, ILoadBalancer, ISource
+from .redaction import redactedValue
 
 
 class _Cluster(Protocol):
@@ -83,7 +84,10 @@ class Report:
 
     def sources(self) -> list[dict[str, Any]]:
         """Each source, and how many seconds ago it was known to be up to date."""
-        return [{"name": it.name, "ageSeconds": dict(it.ages()), **it.status()} for it in self._sources()]
+        found = [{"name": it.name, "ageSeconds": dict(it.ages()), **it.status()} for it in self._sources()]
+        # What went wrong there is told in the words of servers and programs.
+        shown: list[dict[str, Any]] = redactedValue(found)
+        return shown
 
     def services(self) -> dict[str, Any]:
         """

@@ -48,6 +48,7 @@ from .netfilter.choose import chooseWriter
 from .netfilter.conntrack import Flows
 from .netfilter.node import primaryAddress
 from .netfilter.plane import RulePlane
+from .redaction import redactedValue
 from .report import Report
 from .syncer import Syncer
 from .systemd import Notifier
@@ -156,7 +157,12 @@ class ProxyServer(MultiService):
         health = healthPages(self.health.health, self.metrics.healthAnswered)
         pages = {
             **healthPages(self.health.health, self.metrics.healthAnswered),
-            **metricsPages(self.metrics.exposition, lambda: config.mode, lambda: effective(config), report.parts()),
+            **metricsPages(
+                self.metrics.exposition,
+                lambda: config.mode,
+                lambda: redactedValue(effective(config)),
+                report.parts(),
+            ),
         }
         for what, bind, content in (("health", config.healthBind, health), ("metrics", config.metricsBind, pages)):
             if bind is not None:

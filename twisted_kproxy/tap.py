@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TextIO, cast
 
 from twisted.application.service import IService, MultiService
@@ -22,7 +22,7 @@ from twisted.python.failure import Failure
 from twisted.python.logfile import LogFile
 
 from . import __version__, logs, plugin
-from .config import Config, InvalidConfig, checkFiles, load, render
+from .config import ApiOptions, Config, InvalidConfig, checkFiles, load, render
 from .interfaces import IPolicyMaker, ISourceMaker, IWriterMaker, KproxyError
 
 DEFAULT_CONFIG = "/etc/kproxy/kproxy.ini"
@@ -84,13 +84,22 @@ def readConfig(path: str) -> Config:
 
 def check(config: Config) -> int:
     """Print what is in force, and on standard error what is wrong with the files that it names; the exit code."""
-    from .sources.api import accessFor
+    from .sources.api import accessFaults, accessFor
     from .sources.files import faultsOf
 
+    warnings: list[str] = []
+
+    def access(name: str, options: ApiOptions, environ: Mapping[str, str]) -> None:
+        found, doubtful = accessFaults(accessFor(name, options, environ), environ)
+        warnings.extend(f"[source:{name}] {it}" for it in doubtful)
+        if found:
+            raise KproxyError("; ".join(found))
+
+    faults = checkFiles(config, faultsOf, access=access)
+    # Only now: reading credentials has registered what must not be shown.
     _print(logs.redacted(render(config)).rstrip("\n"))
-    faults = checkFiles(config, faultsOf, access=accessFor)
-    for fault in faults:
-        _print(logs.redacted(fault), sys.stderr)
+    for line in (*(f"warning: {it}" for it in warnings), *faults):
+        _print(logs.redacted(line), sys.stderr)
     return 1 if faults else 0
 
 

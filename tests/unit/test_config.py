@@ -288,8 +288,32 @@ class FaultTests(IniCase):
             ("server = h:6443", "must be a URL such as https://10.0.0.1:6443"),
             ("server = https://h:99999", "must be a URL"),
             ("server = https://h/?x=1", "without '?' or '#'"),
+            ("in-cluster = yes\nserver = http://h", "must be an https server beside in-cluster"),
+            ("in-cluster = yes\nserver = https://h\ntoken-file = t", "goes with server, not with in-cluster"),
+            ("kubeconfig = k\ntls-server-name = api", "goes with server, not with kubeconfig"),
+            ("server = http://h\ntls-server-name = api", "needs an https server"),
+            ("server = https://h\ntls-server-name = a b", "must be a host name"),
+            ("server = https://h\nproxy-url = socks4://h", "must be none, environment, or the URL of a proxy"),
+            ("server = https://h\nproxy-url = gopher://me:hunter2@h", "gopher://***@h: must be none"),
         ):
             self.assertIn(expected, self.fault(f"[source:c]\ntype = api\n{lines}\n"))
+
+    def test_apiTogether(self) -> None:
+        """A pod's account may be used at another server; a proxy goes with every way, and its password is masked."""
+        for lines, expected in (
+            ("in-cluster = yes\nserver = https://h", {"inCluster": True, "server": "https://h"}),
+            (
+                "in-cluster = yes\nserver = https://h\ntls-server-name = kubernetes",
+                {"inCluster": True, "server": "https://h", "tlsServerName": "kubernetes"},
+            ),
+            ("in-cluster = yes\nproxy-url = none", {"inCluster": True, "proxyUrl": "none"}),
+            ("server = http://h\nproxy-url = socks5://p", {"server": "http://h", "proxyUrl": "socks5://p"}),
+            ("server = https://h\nproxy-url = environment", {"server": "https://h", "proxyUrl": "environment"}),
+        ):
+            (options,) = self.load(f"[source:c]\ntype = api\n{lines}\n").sources
+            self.assertEqual(options, ApiOptions("c", **expected))
+        loaded = self.load("[source:c]\ntype = api\nserver = https://h\nproxy-url = http://me:hunter2@p:3128\n")
+        self.assertEqual(config.effective(loaded)["source:c"]["proxy-url"], "http://***@p:3128")
 
     def test_files(self) -> None:
         """A source of type files must say where they are."""
@@ -417,6 +441,8 @@ class CheckFilesTests(IniCase):
         faults = config.checkFiles(loaded, environ={})
         self.assertEqual(len(faults), 3)
         self.assertIn("KUBERNETES_SERVICE_HOST is not set", faults[2])
+        loaded = self.load("[source:c]\ntype = api\nin-cluster = yes\nserver = https://192.0.2.1:6443\n")
+        self.assertEqual(len(config.checkFiles(loaded, environ={})), 2)
 
     def test_access(self) -> None:
         """Whoever knows how to reach an API server is asked, but not about files that cannot be read."""

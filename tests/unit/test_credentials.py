@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
@@ -10,9 +11,12 @@ from twisted.trial.unittest import SynchronousTestCase
 from tests.fakes.pki import Authority
 from twisted_kproxy.config import ApiOptions
 from twisted_kproxy.interfaces import NotAvailable
-from twisted_kproxy.sources.agent import TlsPolicy
-from twisted_kproxy.sources.api import accessFor
-from twisted_kproxy.sources.credentials import ApiAccess, BearerToken, Pem, explicit, inCluster
+from twisted_kproxy.redaction import redacted
+from twisted_kproxy.sources.api import accessFaults, accessFor
+from twisted_kproxy.sources.authentication import BearerToken, Credentials
+from twisted_kproxy.sources.credentials import ApiAccess, Pem, checked, checkedServer, explicit, inCluster, readFile
+from twisted_kproxy.sources.errors import NoCredentials
+from twisted_kproxy.sources.tls import TlsPolicy
 
 
 class FilesCase(SynchronousTestCase):
@@ -86,6 +90,57 @@ class InClusterTests(FilesCase):
             inCluster(environ, self.folder)
         self.assertIn("token", str(caught.exception))
 
+    def test_warning(self) -> None:
+        """That the address is this proxy's own to provide is said, with what to do; a server given needs none."""
+        self.write("token", "abc")
+        self.write("ca.crt", Authority().certificate)
+        environ = {"KUBERNETES_SERVICE_HOST": "10.96.0.1", "KUBERNETES_SERVICE_PORT": "443"}
+        (warning,) = accessFor("main", ApiOptions("main", inCluster=True), environ, self.folder).warnings
+        for part in ("https://10.96.0.1:443", "ClusterIP", "server = https://"):
+            self.assertIn(part, warning)
+        options = ApiOptions("main", inCluster=True, server="https://192.0.2.1:6443", tlsServerName="kubernetes")
+        for variables in (environ, {}):
+            access = accessFor("main", options, variables, self.folder)
+            self.assertEqual((access.server, access.tlsServerName), ("https://192.0.2.1:6443", "kubernetes"))
+            self.assertEqual(access.tokenFile, os.path.join(self.folder, "token"))
+            self.assertEqual(access.warnings, ())
+
+
+class ServerTests(SynchronousTestCase):
+    """The URL of a server."""
+
+    def test_good(self) -> None:
+        """Addresses of both families, names, ports and prefixes."""
+        for server in ("https://192.0.2.1:6443", "https://[2001:db8::1]:6443", "https://api/k8s/clusters/c1",
+                       "http://[::1]:8080"):
+            self.assertEqual(checkedServer(f"{server}/", "o"), server)
+
+    def test_zone(self) -> None:
+        """A link-local address with a zone is refused by that name."""
+        for server in ("https://[fe80::1%25eth0]:6443", "https://[fe80::1%eth0]:6443"):
+            self.assertIn("zone", str(self.assertRaises(NotAvailable, checkedServer, server, "o").args[0]))
+
+    def test_noPassword(self) -> None:
+        """A password in it is refused, and not shown."""
+        for server in ("https://me:s3cr3tpw@h", "https://me:s3cr3tpw@h:99999", "https://me:s3cr3tpw@[::1"):
+            self.assertNotIn("s3cr3tpw", str(self.assertRaises(NotAvailable, checkedServer, server, "o").args[0]))
+
+
+class FileTests(FilesCase):
+    """Files with credentials."""
+
+    def test_odd(self) -> None:
+        """What is no small regular file is refused at once, rather than waited for or read for ever."""
+        fifo = os.path.join(self.folder, "fifo")
+        os.mkfifo(fifo)
+        for path, part in (
+            (fifo, "no regular file"), ("/dev/zero", "no regular file"), (self.folder, "irectory"),
+            (self.write("big", b"x" * 1001), "larger than 1000"), ("/nowhere", "No such file"), ("a\0b", "NUL"),
+        ):
+            text = str(self.assertRaises(NotAvailable, readFile, path, "the file", 1000).args[0])
+            self.assertIn(part, text)
+            self.assertTrue(text.startswith("the file "), text)
+
 
 class BearerTokenTests(FilesCase):
     """A token that rotates."""
@@ -140,6 +195,45 @@ class BearerTokenTests(FilesCase):
         self.token.refused("one")
         self.assertEqual(self.token.current(), "two")
 
+    def test_refusedIsDropped(self) -> None:
+        """A token that was refused is not sent again while its file cannot be read; the one given beside it is."""
+        self.assertEqual(self.token.current(), "one")
+        os.unlink(self.path)
+        self.token.refused("one")
+        self.assertEqual(self.token.current(), "zero")
+        token = BearerToken(self.clock, ApiAccess("https://a", "test", tokenFile=self.write("token", "one")))
+        token.current()
+        os.unlink(self.path)
+        token.refused("one")
+        with self.assertRaises(NotAvailable):
+            token.current()
+        self.write("token", "two")
+        self.assertEqual(token.current(), "two")
+
+    def test_hidden(self) -> None:
+        """Every token that was read is hidden from then on."""
+        for it in ("t0k3n-number-1", "t0k3n-number-2"):
+            self.write("token", it)
+            self.clock.advance(60)
+            self.token.current()
+            self.assertEqual(redacted(f"x {it} y"), "x *** y")
+
+    def test_identity(self) -> None:
+        """Requests under one token are one identity; one that was refused late does not cost the new one."""
+        credentials = Credentials(self.clock, ApiAccess("https://a", "test", tokenFile=self.path))
+        one = self.successResultOf(credentials.current())
+        self.assertIs(self.successResultOf(credentials.current()), one)
+        self.assertNotIn("one", repr(one))
+        self.write("token", "two")
+        credentials.refused(one)
+        two = self.successResultOf(credentials.current())
+        self.write("token", "three")
+        credentials.refused(one)
+        self.assertIs(self.successResultOf(credentials.current()), two)
+        os.unlink(self.path)
+        credentials.refused(two)
+        self.failureResultOf(credentials.current(), NoCredentials)
+
     def test_plainHttp(self) -> None:
         """No token goes over an open connection."""
         self.assertEqual(BearerToken(self.clock, ApiAccess("http://a", "t", tokenFile=self.path)).current(), "")
@@ -186,17 +280,84 @@ class TlsPolicyTests(FilesCase):
                 TlsPolicy(access)
             self.assertIn(part, str(caught.exception))
 
+    def test_combined(self) -> None:
+        """Certificate and key may stand in one file, as the kubelet's do, in either order."""
+        certificate, key = Authority().issue("node")
+        for data in (certificate + key, key + certificate):
+            TlsPolicy(self.access(data, data))
+
+    def test_validity(self) -> None:
+        """A certificate whose time is over, or has not come, is a fault that speaks of the clock; no reason to end."""
+        certificate, key = Authority().issue("node")
+        ca = Authority("another").certificate
+        now = time.time()
+        for days, words in ((0, ()), (2, ("expired on", "clock")), (-2, ("valid only from", "clock wrong"))):
+            policy = TlsPolicy(self.access(certificate, key, ca), wall=lambda days=days: now + days * 86400)
+            faults = policy.faults()
+            self.assertEqual(len(faults), 2 if words else 0)
+            for fault, whose in zip(faults, ("the authority: the cert", "the certificate: the client"), strict=False):
+                for word in (*words, whose):
+                    self.assertIn(word, fault)
+        # Bundles rotate: one that has ended beside one that has not is as it should be.
+        old = Authority("old", days=-1).certificate
+        access = ApiAccess("https://a", "test", certificateAuthority=Pem("ca", data=old + ca))
+        self.assertEqual(accessFaults(access, {})[0], [])
+        access = ApiAccess("https://a", "test", certificateAuthority=Pem("ca", data=old))
+        self.assertIn("expired on", accessFaults(access, {})[0][0])
+
     def test_rotation(self) -> None:
-        """Files are read again for each connection; new ones that are of no use leave the old ones in force."""
-        one, two = Authority("one"), Authority("two")
-        path = self.write("ca.crt", one.certificate)
-        policy = TlsPolicy(ApiAccess("https://a", "test", certificateAuthority=Pem("ca", path)))
-        first = policy._trustRoot
+        """
+        Files are read again after a minute, and after a failure at once; new ones that are of no use leave the old
+        ones in force, and are tried again soon.
+        """
+        clock = Clock()
+        path = self.write("ca.crt", Authority("one").certificate)
+        policy = TlsPolicy(ApiAccess("https://a", "test", certificateAuthority=Pem("ca", path)), clock)
+        first = policy._material
+        self.write("ca.crt", Authority("two").certificate)
+        clock.advance(59)
         policy.creatorForNetloc(b"a", 443)
-        self.assertIs(policy._trustRoot, first)
+        self.assertIs(policy._material, first)
+        clock.advance(1)
+        policy.creatorForNetloc(b"a", 443)
+        second = policy._material
+        self.assertIsNot(second, first)
         self.write("ca.crt", "broken")
+        policy.expire()
         policy.creatorForNetloc(b"a", 443)
-        self.assertIs(policy._trustRoot, first)
-        self.write("ca.crt", two.certificate)
+        self.assertIs(policy._material, second)
+        self.write("ca.crt", Authority("three").certificate)
+        clock.advance(9)
         policy.creatorForNetloc(b"a", 443)
-        self.assertIsNot(policy._trustRoot, first)
+        self.assertIs(policy._material, second)
+        clock.advance(1)
+        policy.creatorForNetloc(b"a", 443)
+        self.assertIsNot(policy._material, second)
+
+    def test_clientCertificateChanges(self) -> None:
+        """Another client certificate is told of; the same bytes again, or half of a new pair, is not."""
+        clock = Clock()
+        changes: list[str] = []
+        one, two = Authority().issue("node"), Authority().issue("node")
+        paths = self.write("c", one[0]), self.write("k", one[1])
+        pems = [Pem(path, path) for path in paths]
+        policy = TlsPolicy(ApiAccess("https://a", "test", clientCertificate=pems[0], clientKey=pems[1]), clock)
+        policy.changed = lambda: changes.append("changed")
+        self.write("c", one[0])
+        clock.advance(60)
+        policy.refresh()
+        self.write("c", two[0])
+        clock.advance(60)
+        policy.refresh()
+        self.assertEqual(changes, [])
+        self.write("k", two[1])
+        clock.advance(10)
+        policy.refresh()
+        self.assertEqual(changes, ["changed"])
+
+    def test_badName(self) -> None:
+        """A name to verify that can be none is refused at the start."""
+        for name in ("a b", "\u00e9", "a\n"):
+            with self.assertRaises(NotAvailable) as caught:
+                checked(ApiAccess("https://a", "t", tlsServerName=name))
+            self.assertIn("tls-server-name", str(caught.exception))

@@ -14,7 +14,7 @@ from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 from zope.interface.verify import verifyObject
 
-from twisted_kproxy import logs
+from twisted_kproxy import logs, redaction
 
 TOKEN = "s3cret-t0ken\"with'quotes"
 
@@ -30,7 +30,7 @@ class LogCase(SynchronousTestCase):
     """Each test has secrets of its own."""
 
     def setUp(self) -> None:
-        self.patch(logs, "_secrets", logs._Secrets())
+        self.patch(redaction, "_secrets", redaction._Secrets())
         self.patch(logs, "_threshold", [logs.LogLevel.debug])
 
     def written(self, factory: Callable[[Any], Any], say: Callable[[Logger], object]) -> str:
@@ -224,17 +224,18 @@ class SecretTests(LogCase):
     def test_harmless(self) -> None:
         """Other text is left alone, and nothing at all is no secret."""
         logs.hide("")
+        logs.hide("see")  # no true secret is as short
         logs.hide(" \n")
         for said in ("authorization failed for shop/web", "see https://host/path?x=a@b", "10 of 12 in 0.5s"):
             self.assertEqual(logs.redacted(said), said)
 
     def test_bounded(self) -> None:
         """Renewed tokens do not pile up; the newest stay hidden."""
-        self.patch(logs, "REMEMBERED", 3)
+        self.patch(redaction, "REMEMBERED", 3)
         for number in range(10):
             logs.hide(f"token-number-{number}")
         self.assertEqual(logs.redacted("token-number-9 token-number-7"), "*** ***")
-        self.assertEqual(len(logs._secrets._known), 3)
+        self.assertEqual(len(redaction._secrets._known), 3)
 
 
 class LevelTests(LogCase):

@@ -25,6 +25,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from twisted.web.resource import Resource
 from twisted.web.server import Site
 
+from tests.fakes.pki import Authority
 from tests.shared.sources import manifest
 from twisted_kproxy import __version__, logs, tap
 from twisted_kproxy.config import Config
@@ -109,6 +110,42 @@ class OptionsTests(TapCase):
         self.assertIn("services.d/a.yaml:3: is no YAML", faults[0])
         self.assertIn("kubeconfig = ", faults[1])
         self.assertIn("[rules]", self.out.getvalue())
+
+    def test_checkAccess(self) -> None:
+        """
+        --check tells of what a run would only warn of: certificates that have ended and plugins that are missing are
+        faults, a doubtful field is a warning. What is read there does not come out.
+        """
+        certificate, key = Authority(days=-1).issue("node")
+        for name, data in (("c", certificate), ("k", key)):
+            with open(os.path.join(self.folder, name), "wb") as file:
+                file.write(data)
+        plugin = {"command": "/nowhere/get-token", "apiVersion": "client.authentication.k8s.io/v1beta1"}
+        for name, user in (("one", {"token": "t0k3n-0f-0n3", "tokenfile": "x"}), ("two", {"exec": plugin})):
+            with open(os.path.join(self.folder, name), "w") as file:
+                json.dump(
+                    {
+                        "current-context": "x", "contexts": [{"name": "x", "context": {"cluster": "x", "user": "x"}}],
+                        "clusters": [{"name": "x", "cluster": {"server": "https://192.0.2.1"}}],
+                        "users": [{"name": "x", "user": user}],
+                    },
+                    file,
+                )
+        self.write(
+            "[source:one]\ntype = api\nkubeconfig = one\n[source:two]\ntype = api\nkubeconfig = two\n"
+            "[source:three]\ntype = api\nserver = https://192.0.2.1\nclient-certificate = c\nclient-key = k\n"
+        )
+        self.assertEqual(self.exits("--check", "--config", self.path), 1)
+        warning, two, three = self.err.getvalue().splitlines()
+        self.assertIn("warning: [source:one]", warning)
+        self.assertIn("'tokenfile' is not a known field", warning)
+        self.assertIn("[source:two]", two)
+        self.assertIn("exec plugin /nowhere/get-token: there is no such program", two)
+        self.assertIn("[source:three]", three)
+        self.assertIn("expired on", three)
+        self.write("[source:one]\ntype = api\nkubeconfig = one\n")
+        self.assertEqual(self.exits("--check", "--config", self.path), 0)
+        self.assertNotIn("t0k3n", self.out.getvalue() + self.err.getvalue())
 
     def test_pluginsAreKnown(self) -> None:
         """The names that installed plug-ins offer can be chosen."""

@@ -6,34 +6,27 @@ cut at once.
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from cryptography import x509
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
-from OpenSSL import SSL
-from OpenSSL.crypto import X509, PKey
-from twisted.internet.defer import Deferred
+from msgspec.structs import replace
+from twisted.internet.defer import Deferred, gatherResults
 from twisted.internet.endpoints import HostnameEndpoint, wrapClientTLS
-from twisted.internet.interfaces import (
-    IOpenSSLClientConnectionCreator,
-    IProtocol,
-    IProtocolFactory,
-    IStreamClientEndpoint,
-)
-from twisted.internet.ssl import Certificate, CertificateOptions, optionsForClientTLS, trustRootFromCertificates
+from twisted.internet.interfaces import IDelayedCall, IProtocol, IProtocolFactory, IStreamClientEndpoint
 from twisted.logger import Logger
 from twisted.protocols.policies import ProtocolWrapper, WrappingFactory
-from twisted.protocols.tls import TLSMemoryBIOProtocol
 from twisted.python.components import proxyForInterface
 from twisted.python.failure import Failure
 from twisted.web.client import URI, Agent
 from twisted.web.http_headers import Headers
-from twisted.web.iweb import IAgent, IAgentEndpointFactory, IBodyProducer, IPolicyForHTTPS, IResponse
+from twisted.web.iweb import IAgent, IAgentEndpointFactory, IBodyProducer, IResponse
 from zope.interface import implementer
 
-from ..interfaces import NotAvailable
-from .credentials import ApiAccess, Pem
+from .authentication import Credentials
+from .credentials import ApiAccess
+from .errors import Unverified
+from .proxies import ProxyEndpoint
+from .tls import RELOAD_AGE, TlsAttempt, TlsPolicy
 
 #: Seconds for one attempt to connect to one address.
 CONNECT_TIMEOUT = 15.0
@@ -47,100 +40,6 @@ _SOCKET_OPTIONS = (
     (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
     (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 60_000),
 )
-
-
-@implementer(IOpenSSLClientConnectionCreator)
-class _AnyServer:
-    """TLS with whoever answers; only ever made for ``insecure-skip-tls-verify``."""
-
-    def __init__(self, options: CertificateOptions, hostname: str) -> None:
-        self._context = options.getContext()
-        self._hostname = hostname
-
-    def clientConnectionForTLS(self, tlsProtocol: TLSMemoryBIOProtocol) -> SSL.Connection:
-        connection = SSL.Connection(self._context, None)
-        if not _isAddress(self._hostname):
-            connection.set_tlsext_host_name(self._hostname.encode("ascii"))
-        return connection
-
-
-@implementer(IPolicyForHTTPS)
-class TlsPolicy:
-    """
-    TLS as an access asks for it. Certificate files are read again for each connection, so that they may rotate; new
-    ones that cannot be read leave the old ones in use.
-
-    :raise NotAvailable: naming the file or field.
-    """
-
-    log = Logger()
-
-    def __init__(self, access: ApiAccess) -> None:
-        self._access = access
-        self._made: tuple[bytes, ...] | None = None
-        self._extra: dict[str, Any] = {}
-        self._trustRoot: Any = None
-        self._load()
-
-    def creatorForNetloc(self, hostname: bytes, port: int) -> IOpenSSLClientConnectionCreator:
-        """What makes TLS connections to that host."""
-        try:
-            self._load()
-        except NotAvailable as error:
-            self.log.warn("The last certificates stay in use: {error}", error=str(error))
-        name = self._access.tlsServerName or hostname.decode("ascii")
-        if self._access.insecure:
-            creator: IOpenSSLClientConnectionCreator = _AnyServer(CertificateOptions(**self._extra), name)
-            return creator
-        return optionsForClientTLS(name, trustRoot=self._trustRoot, extraCertificateOptions=dict(self._extra))
-
-    def _load(self) -> None:
-        access = self._access
-        pems = (access.certificateAuthority, access.clientCertificate, access.clientKey)
-        read = tuple(b"" if pem is None else pem.read() for pem in pems)
-        if read == self._made:
-            return
-        extra: dict[str, Any] = {}
-        trustRoot: Any = None  # the platform's
-        if access.certificateAuthority is not None:
-            found = _certificates(access.certificateAuthority, read[0])
-            anchors = [Certificate(X509.from_cryptography(it)) for it in found]  # type: ignore[no-untyped-call]
-            trustRoot = trustRootFromCertificates(anchors)  # type: ignore[no-untyped-call]
-        if access.clientCertificate is not None and access.clientKey is not None:
-            chain = _certificates(access.clientCertificate, read[1])
-            try:
-                key = load_pem_private_key(read[2], password=None)
-            except (ValueError, TypeError):
-                raise NotAvailable(f"{access.clientKey.origin}: it is not a private key in PEM without a password")
-            if _public(key.public_key()) != _public(chain[0].public_key()):
-                certificate = access.clientCertificate.origin
-                raise NotAvailable(f"{access.clientKey.origin}: it does not belong to {certificate}")
-            extra["privateKey"] = PKey.from_cryptography_key(key)  # type: ignore[arg-type]
-            extra["certificate"] = X509.from_cryptography(chain[0])
-            extra["extraCertChain"] = [X509.from_cryptography(it) for it in chain[1:]]
-        self._made, self._extra, self._trustRoot = read, extra, trustRoot
-
-
-def _certificates(pem: Pem, data: bytes) -> list[x509.Certificate]:
-    try:
-        return x509.load_pem_x509_certificates(data)
-    except ValueError:
-        raise NotAvailable(f"{pem.origin}: there is no certificate in PEM in it")
-
-
-def _public(key: Any) -> bytes:
-    encoded: bytes = key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-    return encoded
-
-
-def _isAddress(host: str) -> bool:
-    for family in (socket.AF_INET, socket.AF_INET6):
-        try:
-            socket.inet_pton(family, host)
-        except (OSError, ValueError):
-            continue
-        return True
-    return False
 
 
 class _Link(ProtocolWrapper):
@@ -166,29 +65,54 @@ class _LinkFactory(WrappingFactory):
 
 @implementer(IStreamClientEndpoint, IAgentEndpointFactory)
 class _Connection:
-    """The connection of one request: makes its endpoint, knows its link."""
+    """The connection of one request: makes its endpoint, knows its link and how its TLS went."""
 
     def __init__(self, agent: ApiAgent) -> None:
         self._agent = agent
         self._link: _Link | None = None
         self._inner: IStreamClientEndpoint
+        self._attempts: list[tuple[str, TlsAttempt]] = []
 
     def endpointForURI(self, uri: URI) -> IStreamClientEndpoint:
-        host = uri.host.decode("ascii")
-        self._inner = self._agent.endpoint(self._agent.reactor, host, uri.port, timeout=CONNECT_TIMEOUT)
-        policy = self._agent.policy
-        if policy is None:
-            return self
-        endpoint: IStreamClientEndpoint = wrapClientTLS(policy.creatorForNetloc(uri.host, uri.port), self)
+        agent, host = self._agent, uri.host.decode("ascii")
+        proxy, policy = agent.access.proxy, agent.policy
+        nearest = (host, uri.port) if proxy is None else (proxy.host, proxy.port)
+        self._inner = agent.endpoint(agent.reactor, *nearest, timeout=CONNECT_TIMEOUT)
+        endpoint: IStreamClientEndpoint = self
+        if proxy is not None:
+            if proxy.scheme == "https":
+                creator = agent.proxyPolicy.creatorForProxy(proxy.host)
+                endpoint = self._secured(f"the proxy {proxy}: ", creator, endpoint)
+            endpoint = ProxyEndpoint(agent.reactor, proxy, endpoint, host, uri.port)
+        if policy is not None:
+            endpoint = self._secured("", policy.creatorForNetloc(uri.host, uri.port), endpoint)
         return endpoint
+
+    def _secured(self, whose: str, attempt: TlsAttempt, endpoint: IStreamClientEndpoint) -> IStreamClientEndpoint:
+        self._attempts.append((whose, attempt))
+        return wrapClientTLS(attempt, endpoint)
 
     def connect(self, protocolFactory: IProtocolFactory) -> Deferred[IProtocol]:
         d: Deferred[Any] = self._inner.connect(_LinkFactory(protocolFactory, self))
         return d.addCallback(lambda link: link.wrappedProtocol)
 
+    def answered(self, response: IResponse) -> IResponse:
+        if response.code == 401 and self._agent.policy is not None:
+            self._agent.policy.expire()
+        return _Response(response, self)
+
+    def failed(self, reason: Failure) -> Failure:
+        """Where it was TLS, say what exactly and what to do."""
+        for whose, attempt in self._attempts:
+            text = attempt.explained(reason.value)
+            if text:
+                self._agent.tlsFailed(attempt)
+                raise Unverified(f"TLS failed: {whose}{text}") from None
+        return reason
+
     def made(self, link: _Link) -> None:
         self._link = link
-        self._agent.links.add(link)
+        self._agent.add(link)
         getHandle = getattr(link.transport, "getHandle", None)
         if getHandle is not None:
             try:
@@ -243,41 +167,90 @@ class _Response(proxyForInterface(IResponse)):  # type: ignore[misc]
 class ApiAgent:
     """
     Sends requests to an API server, each over a connection of its own: a watch occupies one for minutes anyway, and
-    lists are rare.
+    lists are rare. When the client certificate becomes another one, every connection is cut, so that nothing goes on
+    under the old one.
 
-    :param endpoint: makes what a connection to a host and port is made with, below TLS.
+    :param endpoint: makes what a connection to a host and port is made with, below TLS and proxies.
+    :param credentials: who we are, where that is not all in the access.
     :raise NotAvailable: where certificates of the access cannot be used; the text names them.
     """
+
+    log = Logger()
 
     def __init__(
         self,
         reactor: Any,
         access: ApiAccess,
         endpoint: Callable[..., IStreamClientEndpoint] = HostnameEndpoint,
+        credentials: Credentials | None = None,
     ) -> None:
         self.reactor = reactor
+        self.access = access
         self.endpoint = endpoint
-        self.policy = TlsPolicy(access) if access.secure else None
+        self._credentials = credentials
+        pair = credentials.pair if credentials is not None else lambda: None
+        self.policy = TlsPolicy(access, reactor, pair) if access.secure else None
+        # Without TLS there is no client certificate to be had, but there may still be a proxy that speaks TLS.
+        self.proxyPolicy = self.policy or TlsPolicy(replace(access, clientCertificate=None, clientKey=None), reactor)
         self.links: set[_Link] = set()
         self._closing: list[Deferred[None]] = []
+        self._look: IDelayedCall | None = None
+        if self.policy is not None:
+            self.policy.changed = self._cut
+        if credentials is not None:
+            # Also where nobody makes a connection just now.
+            credentials.whenChanged(lambda: self.policy.refresh() if self.policy is not None else None)
 
     def request(
         self, method: bytes, uri: bytes, headers: Headers | None = None, bodyProducer: IBodyProducer | None = None
     ) -> Deferred[IResponse]:
-        """Cancelling cuts the connection; so does ``abortConnection`` of the transport that a body is given."""
+        """
+        Cancelling cuts the connection; so does ``abortConnection`` of the transport that a body is given. Fails with
+        :class:`~.errors.Unverified` where TLS does.
+        """
+        if headers is not None and self.access.disableCompression:
+            headers = headers.copy()
+            headers.removeHeader(b"accept-encoding")
         connection = _Connection(self)
         agent = Agent.usingEndpointFactory(self.reactor, connection)  # type: ignore[no-untyped-call]
         d: Deferred[IResponse] = agent.request(method, uri, headers, bodyProducer)
-        return d.addCallback(_Response, connection)
+        return d.addCallbacks(connection.answered, connection.failed)
 
     def close(self) -> Deferred[None]:
-        """Cut every connection; fires once they are gone."""
+        """Cut every connection, and end a plugin that runs; fires once they are gone."""
         d: Deferred[None] = Deferred()
         self._closing.append(d)
+        self._cut()
+        self._settle()
+        if self._credentials is None:
+            return d
+        return gatherResults([d, self._credentials.close()]).addCallback(lambda _: None)
+
+    def tlsFailed(self, attempt: TlsAttempt) -> None:
+        """Other certificates may mend it: look for some before the next connection."""
+        if self.policy is not None:
+            self.policy.expire()
+        if attempt.alerted and self._credentials is not None:
+            self._credentials.pairRefused()
+
+    def status(self) -> Mapping[str, Any]:
+        """JSON-able facts for operators."""
+        return self.policy.status() if self.policy is not None else {}
+
+    def _cut(self) -> None:
         for link in list(self.links):
             link.transport.abortConnection()  # type: ignore[union-attr]
-        self._settle()
-        return d
+
+    def add(self, link: _Link) -> None:
+        self.links.add(link)
+        if self._look is None and self.policy is not None and self.policy.rotates:
+            self._look = self.reactor.callLater(RELOAD_AGE, self._lookAgain)
+
+    def _lookAgain(self) -> None:
+        # A watch goes on for minutes: whether its certificate is still ours shows without a new connection.
+        self._look = self.reactor.callLater(RELOAD_AGE, self._lookAgain)
+        if self.policy is not None:
+            self.policy.refresh()
 
     def forget(self, link: _Link) -> None:
         self.links.discard(link)
@@ -285,6 +258,9 @@ class ApiAgent:
 
     def _settle(self) -> None:
         if not self.links:
+            look, self._look = self._look, None
+            if look is not None and look.active():
+                look.cancel()
             closing, self._closing = self._closing, []
             for d in closing:
                 d.callback(None)

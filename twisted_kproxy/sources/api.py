@@ -16,11 +16,15 @@ from zope.interface import implementer
 from ..core.wire import HEADLESS_LABEL, PROXY_NAME_LABEL
 from ..interfaces import IChannel, ISource, NotAvailable
 from . import kubeconfig
-from .agent import ApiAgent, TlsPolicy
+from .agent import ApiAgent
+from .authentication import Credentials
 from .client import LIMITS, ApiClient, Limits, Resource
 from .contact import Contact, Outage
 from .credentials import SERVICE_ACCOUNT, ApiAccess, IApiOptions, explicit, inCluster
+from .execplugin import findCommand
+from .proxychoice import withProxy
 from .reflector import Reflector
+from .tls import TlsPolicy
 
 
 class IWatchOptions(IApiOptions, Protocol):
@@ -66,16 +70,31 @@ def accessFor(
         if options.kubeconfig:
             access = kubeconfig.load(options.kubeconfig)
         elif options.inCluster:
-            access = inCluster(environ, serviceAccount)
+            access = inCluster(environ, serviceAccount, options.server, options.tlsServerName)
         elif options.server:
             access = explicit(name, options)
         else:
             raise NotAvailable("give one of kubeconfig, in-cluster and server")
+        access = withProxy(access, options.proxyUrl, environ)
         if access.secure:
             TlsPolicy(access)
     except NotAvailable as error:
         raise NotAvailable(f"source {name}: {str(error).removeprefix(f'source {name}: ')}")
     return access
+
+
+def accessFaults(access: ApiAccess, environ: Mapping[str, str]) -> tuple[list[str], list[str]]:
+    """
+    What speaks against an access that could be read, though it is no reason not to start: what would keep it from
+    working as things are, and what is merely worth a warning. A line each.
+    """
+    faults = TlsPolicy(access).faults() if access.secure else []
+    if access.exec is not None and access.secure:
+        try:
+            findCommand(access.exec, environ)
+        except NotAvailable as error:
+            faults.append(f"{access.origin}: {error}")
+    return faults, list(access.warnings)
 
 
 @implementer(ISource)
@@ -113,9 +132,11 @@ class ApiSource(Service):
         if not nodeName:
             raise NotAvailable(f"source {name}: the name of this node is not known")
         self.name = name
-        self._access = accessFor(name, options, os.environ if environ is None else environ, serviceAccount)
-        self._agent: Any = ApiAgent(reactor, self._access) if agent is None else agent
-        client = ApiClient(reactor, self._access, self._agent, limits)
+        environ = os.environ if environ is None else environ
+        self._access = accessFor(name, options, environ, serviceAccount)
+        self._credentials = Credentials(reactor, self._access, environ)
+        self._agent: Any = ApiAgent(reactor, self._access, credentials=self._credentials) if agent is None else agent
+        client = ApiClient(reactor, self._access, self._agent, limits, self._credentials)
         self._reflectors = {
             resource.kind: Reflector(
                 reactor, client, resource, name, channel.say, random or anyNumber,
@@ -133,8 +154,8 @@ class ApiSource(Service):
             name=self.name,
             manner=self._access.manner(),
         )
-        if not self._access.secure:
-            self.log.warn("{server} is asked without TLS, so no credentials are sent", server=self._access.server)
+        for warning in self._access.warnings:
+            self.log.warn("{warning}", warning=warning)
         self._contact.start()
         for reflector in self._reflectors.values():
             reflector.start()
@@ -168,5 +189,7 @@ class ApiSource(Service):
             "server": self._access.server,
             "access": self._access.manner(),
             "origin": self._access.origin,
+            "proxy": str(self._access.proxy or ""),
+            "credentials": {**self._credentials.status(), **getattr(self._agent, "status", dict)()},
             "kinds": {kind: reflector.status() for kind, reflector in self._reflectors.items()},
         }

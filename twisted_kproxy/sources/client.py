@@ -24,9 +24,10 @@ from .. import __version__
 from ..core.values import Kind
 from ..interfaces import KproxyError, NotAvailable
 from . import errors
+from .authentication import Credentials
 from .body import Body, Unwanted
 from .compression import Inflater, Undecoded, inflaterFor
-from .credentials import ApiAccess, BearerToken
+from .credentials import ApiAccess
 from .stream import Listing, ListingReader
 
 #: Seconds that a list is decoded for before others get their turn.
@@ -120,12 +121,20 @@ class ApiClient:
     Talks to one API server.
 
     :param agent: how requests are sent.
+    :param credentials: who we are; by default what the access alone says.
     """
 
-    def __init__(self, clock: IReactorTime, access: ApiAccess, agent: IAgent, limits: Limits = LIMITS) -> None:
+    def __init__(
+        self,
+        clock: IReactorTime,
+        access: ApiAccess,
+        agent: IAgent,
+        limits: Limits = LIMITS,
+        credentials: Credentials | None = None,
+    ) -> None:
         self._clock = clock
         self._access = access
-        self._token = BearerToken(clock, access)
+        self._credentials = credentials or Credentials(clock, access)
         cookies = IndexableCookieJar(policy=DefaultCookiePolicy(allowed_domains=()))
         self._http = HTTPClient(Undecoded(agent), cookiejar=cookies)
         self.limits = limits
@@ -204,9 +213,9 @@ class ApiClient:
         headers = {
             "Accept": "application/json", "Accept-Encoding": encoding, "User-Agent": f"kproxy/{__version__}",
         }
-        token = self._token.current()
-        if token:
-            headers["Authorization"] = f"Bearer {token}"
+        identity = await self._credentials.current()
+        if identity.token:
+            headers["Authorization"] = f"Bearer {identity.token}"
         try:
             # reactor: treq would import the global one otherwise.
             sent = self._http.get(
@@ -228,7 +237,7 @@ class ApiClient:
             raise errors.Unusable(f"the answer is {type or 'of no type'}, not application/json: is this an API server?")
         refusal = await self._refusal(response)
         if isinstance(refusal, errors.Unauthorized):
-            self._token.refused(token)
+            self._credentials.refused(identity)
         raise refusal
 
     def _headers(self, sent: Deferred[Any]) -> Deferred[IResponse]:

@@ -82,6 +82,10 @@ class TimedOut(LinkError):
     """The connection is up, but what had to come did not come in time."""
 
 
+class NoCredentials(LinkError):
+    """There is nothing to be known by at the moment, so nothing was asked."""
+
+
 class Unusable(KproxyError):
     """An answer that cannot be understood as what was asked for."""
 

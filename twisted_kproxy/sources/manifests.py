@@ -243,6 +243,16 @@ def _lineAt(data: bytes, offset: int) -> int:
 # --- YAML ------------------------------------------------------------------------------------------------------------
 
 
+def yamlDocuments(data: bytes) -> Iterator[tuple[int, Any]]:
+    """
+    Line and value of each YAML document.
+
+    :raise Broken: where the text cannot be read.
+    """
+    for line, (value, _) in _yaml(data):
+        yield line, value
+
+
 def _yaml(data: bytes) -> Iterator[tuple[int, tuple[Any, Lines]]]:
     try:
         text = data.decode("utf-8-sig")
