@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
+
 from twisted_kproxy.core import wire
 from twisted_kproxy.core.values import Endpoint, Frontend, ServiceMap, ServicePort, ServicePortName
 
@@ -31,8 +33,7 @@ def service(
         },
         "status": {"loadBalancer": {"ingress": ingress}},
     }
-    it: wire.Service = wire.convert("Service", data)
-    return it
+    return msgspec.convert(data, wire.Service)  # past the checks of a whole object: parts are judged one by one
 
 
 def member(address: str, **fields: Any) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from twisted.logger import Logger
 from zope.interface import implementer
 
 from .core import wire
-from .core.ownership import Claims
+from .core.ownership import UNKNOWN_AGE, Claims
 from .core.resolve import NOTHING, Resolved, concerns, resolve, serviceOf, slicesOf
 from .core.topology import NodeFacts
 from .core.values import (
@@ -86,6 +86,7 @@ class Cluster:
         self._resolved: dict[_ServiceKey, Resolved] = {}
         self._claimed: dict[ServicePortName, ServicePort] = {}
         self._claims = Claims()
+        self._waiting: dict[ServicePortName, None] = {}
         self._facts = NodeFacts(name=nodeName)
         self._ports: dict[ServicePortName, ServicePort] = {}
         self._map = ServiceMap()
@@ -120,7 +121,7 @@ class Cluster:
         touched = [key for key in said.objects if key not in objects]
         touched += [key for key, it in objects.items() if said.objects.get(key) is not it]
         said.objects = objects
-        said.rejected = {}
+        said.rejected = {key: reason for key, reason in said.rejected.items() if key in word.rejected}
         for key, reason in word.rejected.items():
             self._reject(word.source, word.kind, key, reason, said)
         if word.kind == "Node":  # at once: it decides what is local
@@ -270,6 +271,16 @@ class Cluster:
         slices = self._slices.get(key, {}).values()
         return sum(len(it.endpoints or ()) for placed in slices for it in placed)
 
+    @property
+    def latest(self) -> ServiceMap:
+        """The map as it was last asked for; what came since may not be in it. Costs nothing."""
+        return self._map
+
+    @property
+    def settled(self) -> bool:
+        """Whether nothing has come since then."""
+        return not (self._unmerged or self._dirty or self._stale)
+
     def current(self) -> ServiceMap:
         """The map that follows from everything said so far; the same object as long as nothing differs."""
         while self.catchUp():
@@ -282,11 +293,11 @@ class Cluster:
     def _resolve(self, key: _ServiceKey) -> None:
         service: wire.Service | None = self._merged.get("Service", {}).get("/".join(key))
         before = self._resolved.pop(key, NOTHING)
-        after, created = NOTHING, ""
+        after, created = NOTHING, UNKNOWN_AGE
         if service is not None and concerns(service, self._proxyName):
             slices = (it for placed in self._slices.get(key, {}).values() for it in placed)
             after = resolve(service, slices, self._facts)
-            created = service.metadata.creationTimestamp or ""
+            created = service.metadata.creationTimestamp or UNKNOWN_AGE
             self._resolved[key] = after
         self._report(before.problems, after.problems)
         touched = self._claims.change(before.ports, after.ports, created)
@@ -302,15 +313,30 @@ class Cluster:
         claimed = self._claimed.get(name)
         if claimed is None:
             self._stale |= self._ports.pop(name, None) is not None
+            self._waiting.pop(name, None)
             return
         owned = self._claims.owned(claimed)
         if self._ports.get(name) != owned:
             self._ports[name] = owned
             self._stale = True
+        self._tellWaiting(name, claimed, owned is not claimed)
+
+    def _tellWaiting(self, name: ServicePortName, claimed: ServicePort, waits: bool) -> None:
+        if not waits:
+            if self._waiting.pop(name, None) is not None:
+                self.log.info("{port} has everything that it claims now", port=str(name))
+        elif name not in self._waiting:
+            self._waiting[name] = None
+            for key, owner in self._claims.pending(claimed).items():
+                self.log.warn(
+                    "{port} waits for {frontend}, which {owner} has: of two that claim the same the older one serves",
+                    port=str(name), frontend=str(key), owner=str(owner),
+                )
 
     def _report(self, before: tuple[Problem, ...], after: tuple[Problem, ...]) -> None:
+        known = set(before)
         for problem in after:
-            if problem not in before:
+            if problem not in known:
                 self.log.warn(
                     "{kind} {key}: {reason}", kind=problem.kind, key=problem.key, reason=problem.reason
                 )
@@ -334,17 +360,19 @@ class Cluster:
 
     def problems(self) -> list[Problem]:
         """Parts of objects that are not served, and why."""
-        return sorted({problem for resolved in self._resolved.values() for problem in resolved.problems})
+        found = {problem for resolved in self._resolved.values() for problem in resolved.problems}
+        for name in self._waiting:
+            for key, owner in self._claims.pending(self._claimed[name]).items():
+                reason = f"port {name.port or name.protocol}: {key} is served by {owner}, the older one"
+                found.add(Problem("Service", f"{name.namespace}/{name.service}", reason))
+        return sorted(found)
 
     def pending(self) -> dict[str, dict[str, str]]:
         """Service ports that claim what another one owns: name → {frontend: owner}."""
-        found = {}
-        for name, port in self._claimed.items():
-            if self._ports.get(name) is not port:
-                waiting = {str(key): str(owner) for key, owner in self._claims.pending(port).items()}
-                if waiting:
-                    found[str(name)] = waiting
-        return found
+        return {
+            str(name): {str(key): str(owner) for key, owner in self._claims.pending(self._claimed[name]).items()}
+            for name in self._waiting
+        }
 
     def counts(self) -> dict[str, int]:
         """How many objects of each kind are known."""

@@ -85,6 +85,9 @@ class ISource(IService):
     def status() -> Mapping[str, Any]:
         """JSON-able facts for operators: where it reads, its state in words, the last error. No secrets."""
 
+    def faults() -> Mapping[str, str]:
+        """What it cannot read now, and why: file or kind → reason. What was read of it before goes on to count."""
+
 
 # --- updates ---------------------------------------------------------------------------------------------------------
 

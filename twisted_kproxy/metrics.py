@@ -65,8 +65,9 @@ class _StateCollector(Collector):
         return self._families()
 
     def collect(self) -> Iterable[Metric]:
-        families = age, quarantined, problems = self._families()
+        families = age, faults, quarantined, problems = self._families()
         for source in self.sources():
+            faults.add_metric([source.name], len(source.faults()))
             for kind, seconds in source.ages().items():
                 age.add_metric([source.name, kind], float("inf") if seconds is None else seconds)
         for name, count in Tally(it["kind"] for it in self.quarantined()).items():
@@ -76,12 +77,15 @@ class _StateCollector(Collector):
         return families
 
     @staticmethod
-    def _families() -> tuple[GaugeMetricFamily, GaugeMetricFamily, GaugeMetricFamily]:
+    def _families() -> tuple[GaugeMetricFamily, GaugeMetricFamily, GaugeMetricFamily, GaugeMetricFamily]:
         return (
             GaugeMetricFamily(
                 "kproxy_source_age_seconds",
                 "Since the source was last known to agree with what it was told of; +Inf: never yet",
                 labels=["source", "kind"],
+            ),
+            GaugeMetricFamily(
+                "kproxy_source_faults", "Files, or kinds of objects, that a source cannot read now", labels=["source"]
             ),
             GaugeMetricFamily(
                 "kproxy_quarantined_objects",

@@ -15,7 +15,10 @@ class _Cluster(Protocol):
     def synced(self) -> bool: ...
     @property
     def missing(self) -> list[str]: ...
-    def current(self) -> ServiceMap: ...
+    @property
+    def latest(self) -> ServiceMap: ...
+    @property
+    def settled(self) -> bool: ...
     def quarantined(self) -> list[dict[str, str]]: ...
     def problems(self) -> list[Problem]: ...
     def pending(self) -> dict[str, dict[str, str]]: ...
@@ -67,7 +70,7 @@ class Report:
             "services": self.services,
             "pending": self._cluster.pending,
             "quarantined": self._cluster.quarantined,
-            "problems": self._cluster.problems,
+            "problems": self.problems,
             "dataplane": self.dataplane,
         }
 
@@ -76,7 +79,7 @@ class Report:
         syncer = self._syncer()
         return {
             "waitingFor": self._cluster.missing,
-            "inForce": syncer is not None and syncer.applied is self._cluster.current(),
+            "inForce": self._cluster.settled and syncer is not None and syncer.applied is self._cluster.latest,
             "failuresInARow": syncer.failures if syncer else 0,
             "running": syncer is not None and syncer.outFor > 0,
             "objects": self._cluster.counts(),
@@ -89,13 +92,22 @@ class Report:
         shown: list[dict[str, Any]] = redactedValue(found)
         return shown
 
+    def problems(self) -> list[dict[str, str]]:
+        """Everything that is not as somebody wanted it: what sources cannot read, and what of objects is not served."""
+        faults = [
+            {"kind": f"source {source.name}", "key": key, "reason": reason}
+            for source in self._sources()
+            for key, reason in source.faults().items()
+        ]
+        return faults + [{"kind": it.kind, "key": it.key, "reason": it.reason} for it in self._cluster.problems()]
+
     def services(self) -> dict[str, Any]:
         """
         Every service port: where it can be dialled, the endpoints of its pools with the connections open to each, and
         the clients that are bound to one by affinity.
         """
         pools = self._balancer.status()
-        return {str(name): self._service(port, pools) for name, port in sorted(self._cluster.current().items())}
+        return {str(name): self._service(port, pools) for name, port in sorted(self._cluster.latest.items())}
 
     def _service(self, port: ServicePort, pools: Mapping[str, Any]) -> dict[str, Any]:
         shown: dict[str, Any] = {

@@ -54,7 +54,7 @@ from .syncer import Syncer
 from .systemd import Notifier
 from .userspace.dataplane import UserspaceDataplane
 from .userspace.dial import Dialer
-from .userspace.ports import Budget, PortRange
+from .userspace.ports import Budget, PortRange, raiseLimit
 from .userspace.relay import SocketRelay
 from .userspace.tcp import TcpProxier
 from .userspace.udp import UdpProxier
@@ -65,6 +65,8 @@ from .web.status import HealthState, healthPages, metricsPages, tree
 AUTOMATIC_WRITERS = ("nftables", "python-iptables")
 #: an update that is out for longer means that the daemon is stuck: the watchdog is no longer fed
 STUCK_SECONDS = 120.0
+#: of the file descriptors for connections, what UDP flows may take
+UDP_SHARE = 0.5
 
 
 @implementer(ISyncObserver)
@@ -185,7 +187,9 @@ class ProxyServer(MultiService):
         rules = RulePlane(
             reactor, writer, insiders=config.clusterCIDR, flows=Flows(reactor), changedOutside=self._changedOutside
         )
+        raiseLimit()
         budget = Budget(reactor)
+        forFlows = budget.share(UDP_SHARE)
         dialer, relay = Dialer(reactor), SocketRelay(reactor)
 
         def makeTcp(reactor: Any, pool: PoolName, balancer: ILoadBalancer, observer: ITrafficObserver) -> IProxier:
@@ -195,7 +199,7 @@ class ProxyServer(MultiService):
             )
 
         def makeUdp(reactor: Any, pool: PoolName, balancer: ILoadBalancer, observer: ITrafficObserver) -> IProxier:
-            return UdpProxier(reactor, pool, balancer, observer, idleTimeout=config.udpIdleTimeout, budget=budget)
+            return UdpProxier(reactor, pool, balancer, observer, idleTimeout=config.udpIdleTimeout, budget=forFlows)
 
         return UserspaceDataplane(
             reactor, self.balancer, rules,
@@ -276,9 +280,18 @@ class ProxyServer(MultiService):
         def caught(number: int, frame: object) -> None:
             self._reactor.callFromThread(self.cut if self._stopping else self._reactor.stop)
 
+        def ignored(number: int, frame: object) -> None:
+            self._reactor.callFromThread(
+                self.log.info, "{signal} is ignored; the configuration is read at the start only",
+                signal=signal.Signals(number).name,
+            )
+
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, caught)
+            # Left alone they would end the process without a word, and its rules would lead nowhere.
+            for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+                signal.signal(number, ignored)
 
     def _giveUp(self, failure: Failure) -> None:
         if self._stopping:

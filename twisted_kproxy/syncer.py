@@ -143,7 +143,16 @@ class _Core:
     def prepare(self) -> None:
         """Resolve in pieces, a turn of the reactor each, then send. Changes that come meanwhile are included."""
         assert self.inputs is not None
-        if self.desired.catchUp():
+        try:
+            more = self.desired.catchUp()
+        except Exception:
+            # A defect, and it must not be the last that is heard of this machine: what was in force stays, try again.
+            _log.failure("What should be in force cannot be worked out")
+            self.full = True
+            self.failures += 1
+            self.inputs.failed()
+            return
+        if more:
             self._later(0, self.prepare)
         else:
             self.send()

@@ -320,9 +320,20 @@ class OwnershipTests(ClusterTestCase):
             self.cluster.pending(),
             {"shop/young:http/TCP/IPv4": {"198.51.100.7:80/TCP": "shop/old:http/TCP/IPv4"}},
         )
+        (problem,) = self.cluster.problems()
+        self.assertEqual(problem.key, "shop/young")
+        self.assertIn("198.51.100.7:80/TCP is served by shop/old", problem.reason)
         self.drop("Service", "shop/old")
         self.assertEqual(kinds("young"), ["ClusterIP", "ExternalIP"])
+        self.assertEqual(self.cluster.problems(), [])
         self.assertEqual(self.cluster.pending(), {})
+
+    def test_fromAFile(self) -> None:
+        """An object without age (from a file) takes nothing from one that the cluster has."""
+        self.put(service("aaa", clusterIP="10.96.0.10"))
+        self.put(service("web", clusterIP="10.96.0.10", created="2026-01-01T00:00:00Z"))
+        now = self.cluster.current()
+        self.assertEqual([len(now[portName(name)].frontends) for name in ("aaa", "web")], [0, 1])
 
     def test_swap(self) -> None:
         """Two Services swap their node ports in one go."""

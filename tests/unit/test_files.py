@@ -33,6 +33,8 @@ TEXTS = st.text(st.characters(min_codepoint=32, max_codepoint=126) | st.sampled_
 class Where(msgspec.Struct, frozen=True):
     path: str
     pollSeconds: float = POLL
+#: what a manifest of a Service begins with
+HEAD = "apiVersion: v1\nkind: Service\nspec: {}\n"
 
 
 def service(name: str, port: Any = 80, **meta: Any) -> str:
@@ -257,7 +259,7 @@ class FilesTests(FolderCase):
     def test_namespaces(self) -> None:
         """An object without namespace is in default; a Node is in none."""
         node = "apiVersion: v1\nkind: Node\nmetadata: {name: n1, namespace: odd}\n"
-        self.start(a="apiVersion: v1\nkind: Service\nmetadata: {name: web}\n", b=node)
+        self.start(a="apiVersion: v1\nkind: Service\nspec: {}\nmetadata: {name: web}\n", b=node)
         self.assertEqual(self.services(), ["default/web"])
         self.assertEqual(self.rig.words.state["Service"]["default/web"].metadata.namespace, "default")
         self.assertEqual(list(self.rig.words.state["Node"]), ["n1"])
@@ -283,6 +285,7 @@ class FilesTests(FolderCase):
         self.assertTrue(line.startswith(f"{self.path('a.yaml')}:4: is no YAML: "), line)
         self.assertTrue(line.endswith("; its last good content of 1 objects stays"), line)
         self.assertIn("is no YAML", self.rig.source.status()["broken"]["a.yaml"])
+        self.assertEqual((list(self.rig.source.faults()), self.rig.source.status()["state"]), (["a.yaml"], "trouble"))
         self.rig.write("a.yaml", service("web", 81))
         (word,) = self.rig.poll()
         self.assertEqual(word.object.spec.ports[0].port, 81)
@@ -557,7 +560,7 @@ class ParseTests(SynchronousTestCase):
         return found.object
 
     def labels(self, text: str) -> dict[str, str]:
-        made = self.one(f"apiVersion: v1\nkind: Service\nmetadata:\n  name: x\n  labels:\n    {text}\n")
+        made = self.one(HEAD + f"metadata:\n  name: x\n  labels:\n    {text}\n")
         labels = made.metadata.labels
         assert isinstance(labels, dict)
         return labels
@@ -565,7 +568,7 @@ class ParseTests(SynchronousTestCase):
     def test_timestamps(self) -> None:
         """A date without quotes stays the text that it is."""
         stamp = "2026-11-22T07:31:27Z"
-        made = self.one(f"apiVersion: v1\nkind: Service\nmetadata:\n  name: x\n  creationTimestamp: {stamp}\n")
+        made = self.one(HEAD + f"metadata:\n  name: x\n  creationTimestamp: {stamp}\n")
         self.assertEqual(made.metadata.creationTimestamp, stamp)
         self.assertEqual(self.labels("day: 2026-11-22"), {"day": "2026-11-22"})
 
@@ -583,7 +586,7 @@ class ParseTests(SynchronousTestCase):
 
     def test_truths(self) -> None:
         """A label that YAML takes for a truth value is refused, as kubectl does, with its place."""
-        (found,) = parse(b"apiVersion: v1\nkind: Service\nmetadata:\n  name: x\n  labels: {a: yes}\n").found
+        (found,) = parse(b"apiVersion: v1\nkind: Service\nspec: {}\nmetadata:\n  name: x\n  labels: {a: yes}\n").found
         self.assertEqual((found.key, found.object), ("default/x", None))
         self.assertIn("$.metadata.labels", found.reason)
 
@@ -603,7 +606,7 @@ class ParseTests(SynchronousTestCase):
 
     def test_lists(self) -> None:
         """Lists of every kind are taken apart; items of a list of one kind need not say what they are."""
-        item = {"metadata": {"name": "a"}}
+        item = {"metadata": {"name": "a"}, "spec": {}}
         for kind, version, inner in (
             ("ServiceList", "v1", "Service"),
             ("EndpointsList", "v1", "Endpoints"),
@@ -617,16 +620,17 @@ class ParseTests(SynchronousTestCase):
 
     def test_badItems(self) -> None:
         """A bad item of a list costs only itself, and is told with the line where it begins."""
-        text = "apiVersion: v1\nkind: List\nitems:\n- apiVersion: v1\n  kind: Service\n  metadata: {name: a}\n- 5\n"
+        text = "apiVersion: v1\nkind: List\nitems:\n- apiVersion: v1\n  kind: Service\n"
+        text += "  spec: {}\n  metadata: {name: a}\n- 5\n"
         text += "- apiVersion: v1\n  kind: Service\n  metadata: {name: b}\n  spec: x\n"
         text += "- apiVersion: v1\n  kind: Service\n  metadata: {namespace: shop}\n"
         read = parse(text.encode())
         found = [(found.key, bool(found.reason)) for found in read.found]
         self.assertEqual(found, [("default/a", False), ("default/b", True)])
         faults = dict(read.faults)
-        self.assertEqual(sorted(faults), [1, 8, 12])  # what is no mapping knows only its document's line
-        self.assertIn("Service default/b: Expected", faults[8])
-        self.assertIn("it has no metadata.name", faults[12])
+        self.assertEqual(sorted(faults), [1, 9, 13])  # what is no mapping knows only its document's line
+        self.assertIn("Service default/b: Expected", faults[9])
+        self.assertIn("it has no metadata.name", faults[13])
 
     def test_jsonLines(self) -> None:
         """Of a JSON list, too, each item knows its line."""
@@ -686,7 +690,7 @@ class ParseTests(SynchronousTestCase):
 
     def test_aliases(self) -> None:
         """Anchors and merge keys work; what would unfold without end is refused."""
-        text = "a: &l {app: web, tier: x}\napiVersion: v1\nkind: Service\nmetadata:\n  name: x\n"
+        text = "a: &l {app: web, tier: x}\napiVersion: v1\nkind: Service\nspec: {}\nmetadata:\n  name: x\n"
         text += "  labels: {<<: *l, tier: y}\n"
         self.assertEqual(self.one(text).metadata.labels, {"app": "web", "tier": "y"})
         bomb = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n"

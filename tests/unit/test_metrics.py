@@ -463,13 +463,14 @@ class StateTests(MetricsCase):
     def test_sourceAges(self) -> None:
         """Ages come from the sources themselves, at the time of asking; never heard from is infinite."""
         ages: Mapping[str, float | None] = {"Service": 1.5, "EndpointSlice": None}
-        source: Any = SimpleNamespace(name="api", ages=lambda: ages)
+        source: Any = SimpleNamespace(name="api", ages=lambda: ages, faults=lambda: {"Service": "away"})
         self.metrics.watchSources(lambda: [source])
         name = "kproxy_source_age_seconds"
         self.assertEqual(self.value(name, source="api", kind="Service"), 1.5)
         self.assertEqual(self.value(name, source="api", kind="EndpointSlice"), float("inf"))
         ages = {"Service": 0.5}
         self.assertEqual(self.value(name, source="api", kind="Service"), 0.5)
+        self.assertEqual(self.value("kproxy_source_faults", source="api"), 1)
 
     def test_problems(self) -> None:
         """Problems and unreadable objects are counted by kind, each by themselves."""

@@ -69,9 +69,28 @@ class ClaimsTests(SynchronousTestCase):
         claims.change([], [loser], "2")
         self.assertEqual([f.kind for f in claims.owned(loser).frontends], ["ClusterIP"])
 
+    def test_many(self) -> None:
+        """Of a thousand that claim the same, only those whose ownership changes are named."""
+        claims = Claims()
+        for number in range(1000):
+            touched = claims.change([], [only(f"s{number:04}")], f"{number:04}")
+            self.assertLessEqual(len(touched), 2)
+        for number in range(999):
+            touched = claims.change([only(f"s{number:04}")], [], "")
+            self.assertLessEqual(touched, {portName(f"s{number:04}"), portName(f"s{number + 1:04}")})
+            self.assertEqual(claims.owner(KEY), portName(f"s{number + 1:04}"))
+
+    def test_agesAnew(self) -> None:
+        """An owner that is made anew, and is the younger one now, hands over."""
+        claims = Claims()
+        claims.change([], [only("a")], "1")
+        claims.change([], [only("b")], "2")
+        self.assertIn(portName("b"), claims.change([only("a")], [only("a")], "3"))
+        self.assertEqual(claims.owner(KEY), portName("b"))
+
     def test_nothingLeft(self) -> None:
         """Claims that are gone leave nothing behind."""
         claims = Claims()
         claims.change([], [nodePort("a")], "1")
         claims.change([nodePort("a")], [], "")
-        self.assertEqual(claims._claims, {})
+        self.assertEqual((claims._claims, claims._owners), ({}, {}))

@@ -13,7 +13,7 @@ from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
 from twisted_kproxy.core.values import PoolName, ServicePortName
-from twisted_kproxy.userspace.ports import RESERVE, Budget, PortRange, descriptorLimit
+from twisted_kproxy.userspace.ports import RESERVE, Budget, PortRange, descriptorLimit, raiseLimit
 
 
 class Listener:
@@ -58,6 +58,48 @@ class BudgetTests(SynchronousTestCase):
         self.assertFalse(self.budget.take(1))
         self.budget.give(100)
         self.assertEqual(self.budget.used, 0)
+
+    def test_listenersAlone(self) -> None:
+        """
+        Listening sockets may hold three quarters, and no more; what they hold keeps no client waiting, and the mark is
+        at 95 % of the rest.
+        """
+        self.assertTrue(self.budget.hold(75))
+        self.assertFalse(self.budget.hold(1))
+        self.assertEqual((self.budget.status()["paused"], self.listener.heard), (False, []))
+        self.assertTrue(self.budget.take(22))
+        self.assertFalse(self.budget.paused)
+        self.assertTrue(self.budget.take(1))
+        self.assertTrue(self.budget.paused)
+        self.assertFalse(self.budget.take(3))
+        self.budget.release(75)
+        self.clock.advance(1)
+        self.assertEqual((self.budget.paused, self.listener.heard), (False, ["pause", "resume"]))
+
+    def test_share(self) -> None:
+        """Who has a share cannot take more than that, nor what is not there; what it gives back can be taken again."""
+        share = self.budget.share(0.5)
+        self.assertTrue(share.take(50))
+        self.assertFalse(share.take(1))
+        self.assertEqual(self.listener.heard, [])
+        share.give(10)
+        self.assertTrue(self.budget.take(60))
+        self.assertFalse(share.take(1))
+        self.assertEqual((share.used, self.budget.used), (40, 100))
+
+    def test_raiseLimit(self) -> None:
+        """The soft limit becomes the hard one; where that is forbidden it stays."""
+        said: list[Any] = []
+        self.patch(resource, "getrlimit", lambda what: (1024, 4096))
+        self.patch(resource, "setrlimit", lambda what, limits: said.append(limits))
+        raiseLimit()
+        self.assertEqual(said, [(4096, 4096)])
+
+        def forbidden(what: int, limits: Any) -> None:
+            raise ValueError("not allowed")
+
+        self.patch(resource, "setrlimit", forbidden)
+        raiseLimit()
 
     def test_pause(self) -> None:
         """At 95 % listeners pause; they are looked after each 100 ms, not at each return, and go on below."""

@@ -111,6 +111,12 @@ class FrontendTests(SynchronousTestCase):
         self.assertIn("'nonsense' is not an IP address", reasons(resolved))
         self.assertIn("127.0.0.1 is a loopback address", reasons(resolved))
 
+    def test_manyProblems(self) -> None:
+        """Thousands of bad addresses in one object are told in a few lines."""
+        problems = resolve(service(externalIPs=[f"bad{n}" for n in range(10_000)]), [], NODE).problems
+        self.assertEqual(len(problems), 21)
+        self.assertIn("and 9980 more", problems[-1].reason)
+
     def test_repeatedAddress(self) -> None:
         """An address that is external IP and ingress IP is one frontend."""
         it = service(externalIPs=["203.0.113.9"], ingress=[{"ip": "203.0.113.9"}])

@@ -233,6 +233,20 @@ class SyncerTests(SynchronousTestCase):
         self.assertEqual(len(set(stacks)), 1, "pieces were nested in each other")
         self.assertEqual(len(self.sent()), 1)
 
+    def test_cannotBeWorkedOut(self) -> None:
+        """A defect in working out what should be is logged, and tried again like any failure."""
+        def fails() -> None:
+            raise ValueError("a defect")
+
+        self.begin()
+        self.desired.during = fails
+        last = self.change(1)
+        self.clock.pump([0, 0])
+        self.assertEqual(len(self.flushLoggedErrors(ValueError)), 1)
+        self.desired.during = lambda: None
+        self.clock.pump([1, 0, 0])
+        self.assertIs(self.syncer.applied, last)
+
     def test_unlimited(self) -> None:
         """With a minimal period of 0 every change goes out at once."""
         self.syncer = Syncer(self.clock, self.desired, self.listener, self.observer, minPeriod=0)

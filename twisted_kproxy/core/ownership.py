@@ -16,6 +16,8 @@ import msgspec
 from .values import FrontendKey, ServicePort, ServicePortName
 
 Rank: TypeAlias = tuple[str, ServicePortName]
+#: sorts behind every creationTimestamp: an object from a file takes nothing from one of the cluster
+UNKNOWN_AGE = "~"
 
 
 class Claims:
@@ -23,6 +25,7 @@ class Claims:
 
     def __init__(self) -> None:
         self._claims: dict[FrontendKey, dict[ServicePortName, Rank]] = {}
+        self._owners: dict[FrontendKey, Rank] = {}
 
     def change(
         self, old: Iterable[ServicePort], new: Iterable[ServicePort], created: str
@@ -30,30 +33,45 @@ class Claims:
         """
         Take over what one Service claims now instead of before.
 
-        :param created: its creationTimestamp; ``""`` (an object from a file) counts as oldest.
-        :return: names of other service ports whose ownership may have changed by it.
+        :param created: its creationTimestamp, or :data:`UNKNOWN_AGE`.
+        :return: names of other service ports that own more or less by it. However many claim the same frontend, these
+            are two at the most for each.
         """
         touched: set[ServicePortName] = set()
         before = {(port.key(f), port.name) for port in old for f in port.frontends}
         after = {(port.key(f), port.name) for port in new for f in port.frontends}
         for key, name in before - after:
-            claimants = self._claims.get(key, {})
-            claimants.pop(name, None)
-            touched.update(claimants)
+            claimants = self._claims[key]
+            rank = claimants.pop(name)
             if not claimants:
-                self._claims.pop(key, None)
+                del self._claims[key], self._owners[key]
+            elif self._owners[key] == rank:
+                self._own(key, min(claimants.values()), touched)
         for key, name in after:
             claimants = self._claims.setdefault(key, {})
             rank = (created, name)
-            if claimants.get(name) != rank:
-                claimants[name] = rank
-                touched.update(claimants)
+            known = claimants.get(name)
+            if known == rank:
+                continue
+            claimants[name] = rank
+            owner = self._owners.get(key)
+            if owner is None or rank < owner:
+                self._own(key, rank, touched)
+            elif owner == known:  # it owned, under a better rank than the one that it has now
+                self._own(key, min(claimants.values()), touched)
         return touched
+
+    def _own(self, key: FrontendKey, rank: Rank, touched: set[ServicePortName]) -> None:
+        before = self._owners.get(key)
+        self._owners[key] = rank
+        touched.add(rank[1])
+        if before is not None:
+            touched.add(before[1])
 
     def owner(self, key: FrontendKey) -> ServicePortName | None:
         """The one that serves this frontend."""
-        claimants = self._claims.get(key)
-        return min(claimants.values())[1] if claimants else None
+        rank = self._owners.get(key)
+        return rank[1] if rank else None
 
     def owned(self, port: ServicePort) -> ServicePort:
         """The service port with only those frontends that it owns; the same object when it owns all."""

@@ -17,6 +17,8 @@ from .values import FAMILIES, Family, Frontend, FrontendKind, PoolKind, Problem,
 
 DEFAULT_AFFINITY_SECONDS = 10800
 MAX_AFFINITY_SECONDS = 86400
+#: problems of one Service and its slices that are told one by one
+MOST_PROBLEMS = 20
 _PROTOCOLS: dict[str, Protocol] = {"TCP": "TCP", "UDP": "UDP", "SCTP": "SCTP"}
 
 
@@ -109,7 +111,8 @@ class _Resolver:
         self.node = node
         self.slices = sorted(slices, key=lambda it: it.metadata.name)
         self.key = wire.keyOf(self.meta)
-        self.problems: list[Problem] = []
+        self.problems: dict[Problem, None] = {}  # for its order
+        self.more = 0
 
     def run(self) -> Resolved:
         ports: list[ServicePort] = []
@@ -138,10 +141,19 @@ class _Resolver:
                         serving=pools.serving if protocol == "UDP" else frozenset(),
                     )
                 )
-        return Resolved(tuple(ports), tuple(dict.fromkeys(self.problems)))
+        if self.more:
+            self.problems[Problem("Service", self.key, f"and {self.more} more that are like these")] = None
+        return Resolved(tuple(ports), tuple(self.problems))
 
     def _problem(self, reason: str) -> None:
-        self.problems.append(Problem("Service", self.key, reason))
+        self._note(Problem("Service", self.key, reason))
+
+    def _note(self, problem: Problem) -> None:
+        """One object must not fill the log: the first few of its problems say enough."""
+        if problem in self.problems or len(self.problems) < MOST_PROBLEMS:
+            self.problems[problem] = None
+        else:
+            self.more += 1
 
     def _ports(self) -> Iterator[tuple[str, Protocol, wire.ServicePortSpec]]:
         """Ports that can be served; of two that claim the same name or the same number, the first in the list."""
@@ -273,7 +285,7 @@ class _Resolver:
                 found[candidate.key] = candidate
 
     def _slice(self, it: wire.EndpointSlice, reason: str) -> None:
-        self.problems.append(Problem("EndpointSlice", wire.keyOf(it.metadata), reason))
+        self._note(Problem("EndpointSlice", wire.keyOf(it.metadata), reason))
 
 
 def _candidate(member: wire.SliceEndpoint, address: str, port: int, node: NodeFacts) -> Candidate:

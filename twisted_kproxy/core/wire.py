@@ -11,11 +11,14 @@ from typing import Any
 import msgspec
 from msgspec import Raw, Struct
 
+from .addresses import BadAddress, canonical
 from .values import Kind
 
 SERVICE_NAME_LABEL = "kubernetes.io/service-name"
 PROXY_NAME_LABEL = "service.kubernetes.io/service-proxy-name"
 HEADLESS_LABEL = "service.kubernetes.io/headless"
+SERVICE_TYPES = ("ClusterIP", "NodePort", "LoadBalancer", "ExternalName")
+PROTOCOLS = ("TCP", "UDP", "SCTP")
 CHANGE_TRIGGER_ANNOTATION = "endpoints.kubernetes.io/last-change-trigger-time"
 
 
@@ -206,11 +209,24 @@ class Status(Struct, frozen=True):
 
 
 class OnlyMeta(Struct, frozen=True):
-    """Enough of an object to say which one it is."""
+    """What every object has."""
 
     kind: str | None = None
     apiVersion: str | None = None
     metadata: ObjectMeta | None = None
+
+
+class Identity(Struct, frozen=True):
+    """Enough of its metadata to say which object it is, whatever else is wrong with it."""
+
+    name: str = ""
+    namespace: str | None = None
+
+
+class OnlyIdentity(Struct, frozen=True):
+    """Enough of an object to say which one it is."""
+
+    metadata: Identity | None = None
 
 
 TYPES: dict[Kind, type[Any]] = {
@@ -221,6 +237,7 @@ TYPES: dict[Kind, type[Any]] = {
 }
 DECODERS: dict[Kind, msgspec.json.Decoder[Any]] = {kind: msgspec.json.Decoder(it) for kind, it in TYPES.items()}
 decodeMeta = msgspec.json.Decoder(OnlyMeta).decode
+decodeIdentity = msgspec.json.Decoder(OnlyIdentity).decode
 decodeList = msgspec.json.Decoder(ListOf).decode
 decodeEvent = msgspec.json.Decoder(Event).decode
 decodeStatus = msgspec.json.Decoder(Status).decode
@@ -239,7 +256,7 @@ class Unreadable(ValueError):
         self.reason = reason
 
 
-def keyOf(meta: ObjectMeta) -> str:
+def keyOf(meta: ObjectMeta | Identity) -> str:
     """``namespace/name``, or the name alone for what lives in no namespace."""
     return f"{meta.namespace}/{meta.name}" if meta.namespace else meta.name
 
@@ -268,11 +285,39 @@ def convert(kind: Kind, data: Any) -> Any:
     except (msgspec.ValidationError, RecursionError) as error:
         meta = data.get("metadata") if isinstance(data, dict) else None
         try:
-            key = keyOf(msgspec.convert(meta, ObjectMeta))
+            key = keyOf(msgspec.convert(meta, Identity))
         except (msgspec.ValidationError, RecursionError):
             key = ""
         raise Unreadable(key, str(error)) from None
     return _checked(kind, it)
+
+
+def _fault(service: Service) -> str | None:
+    """
+    What makes a Service unfit to be served as a whole: the API server admits no such thing, so it is a mistake in a
+    manifest or a broken object, and its last good version is the better guess.
+    """
+    spec = service.spec
+    if spec is None:
+        return "it has no spec"
+    if spec.type not in (None, "", *SERVICE_TYPES):
+        return f"type {spec.type!r} is none of {', '.join(SERVICE_TYPES)}"
+    if spec.type == "ExternalName":
+        return None
+    for text in (spec.clusterIP, *(spec.clusterIPs or ())):
+        if text not in (None, "", "None"):
+            try:
+                canonical(text)
+            except BadAddress as error:
+                return f"clusterIP: {error}"
+    for port in spec.ports or ():
+        if not 0 < port.port < 65536:
+            return f"port {port.port} is not in 1 to 65535"
+        if port.nodePort is not None and not 0 <= port.nodePort < 65536:
+            return f"nodePort {port.nodePort} is not in 1 to 65535"
+        if port.protocol not in (None, "", *PROTOCOLS):
+            return f"protocol {port.protocol!r} is none of {', '.join(PROTOCOLS)}"
+    return None
 
 
 def _checked(kind: Kind, it: Any) -> Any:
@@ -280,12 +325,15 @@ def _checked(kind: Kind, it: Any) -> Any:
         raise Unreadable("", "it has no metadata.name")
     if kind != "Node" and not it.metadata.namespace:
         raise Unreadable(it.metadata.name, "it has no metadata.namespace")
+    fault = _fault(it) if kind == "Service" else None
+    if fault:
+        raise Unreadable(keyOf(it.metadata), fault)
     return it
 
 
 def _keyIn(data: bytes | Raw) -> str:
     try:
-        meta = decodeMeta(data).metadata
+        meta = decodeIdentity(data).metadata
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return ""
     return keyOf(meta) if meta else ""

@@ -182,6 +182,10 @@ class ApiSource(Service):
         found = ((kind, reflector.outage()) for kind, reflector in self._reflectors.items())
         return {kind: outage for kind, outage in found if outage is not None}
 
+    def faults(self) -> Mapping[str, str]:
+        """Kinds that are out of contact with the server."""
+        return {kind: outage.error for kind, outage in self._outages().items()}
+
     def status(self) -> Mapping[str, Any]:
         """See :meth:`ISource.status`."""
         return {

@@ -115,15 +115,20 @@ class FilesSource(Service):
         age = None if self._agreed is None else self._reactor.seconds() - self._agreed
         return dict.fromkeys(self.kinds, age)
 
+    def faults(self) -> Mapping[str, str]:
+        files = self._scan.files if self._scan else {}
+        return {_shown(name): state.fault for name, state in sorted(files.items()) if state.fault}
+
     def status(self) -> Mapping[str, Any]:
         scan = self._scan
         files = scan.files if scan else {}
-        broken = {name: state.fault for name, state in sorted(files.items()) if state.fault}
+        broken = self.faults()
         rejected = sum(1 for said in (self._said or {}).values() if said.reason)
         if self._said is None:
             state = "reading" if self.running else "stopped"
         else:
-            state = "missing" if scan and scan.missing else "trouble" if self._trouble else "in agreement"
+            trouble = self._trouble or broken
+            state = "missing" if scan and scan.missing else "trouble" if trouble else "in agreement"
         return {
             "type": "files",
             "path": self._path,
@@ -259,3 +264,8 @@ def _work(
     words, now = firstWords(source, scan.wanted) if said is None else nextWords(source, scan.wanted, said)
     words.reverse()
     return scan, words, now
+
+
+def _shown(name: str) -> str:
+    """A file's name for people: what is no UTF-8 in it is escaped."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")

@@ -154,6 +154,7 @@ class UserspaceDataplane:
         addresses = {family: self._addressOf(family) for family in FAMILIES}
         everything = update.full or not self._sound or addresses != self._addresses
         previous, full = self._inForce, update.full or not self._sound
+        self._tellAddresses(addresses)
         self._addresses = addresses
         self._sound = False
         self._wanted = update.current
@@ -173,6 +174,15 @@ class UserspaceDataplane:
         self._inForce = self._redirected
         self._sound = True
         await self._closeGone(update.current, names, update.removed, everything)
+
+    def _tellAddresses(self, addresses: Mapping[Family, str | None]) -> None:
+        for family, address in addresses.items():
+            before = self._addresses.get(family)
+            if before is not None and before != address:
+                self.log.warn(
+                    "The {family} address of this node was {before} and is {address} now; the rules follow",
+                    family=family, before=before, address=address or "none",
+                )
 
     def _mayGoOn(self) -> None:
         if self._stopping:

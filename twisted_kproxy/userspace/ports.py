@@ -20,6 +20,7 @@ RESERVE = 256
 _UNLIMITED = 1 << 20
 _PAUSE = 0.1
 _HIGH = 0.95
+_HELD = 0.75
 _SAY_AGAIN = 60.0
 
 
@@ -29,6 +30,16 @@ class Accepting(Protocol):
     def pauseAccepting(self) -> None: ...
 
     def resumeAccepting(self) -> None: ...
+
+
+def raiseLimit() -> None:
+    """Allow this process as many file descriptors as it may have: the soft limit of most systems is a mere 1024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        except (OSError, ValueError):
+            pass  # then with what there is; the budget keeps to it
 
 
 def descriptorLimit() -> int:
@@ -43,10 +54,12 @@ class Budget:
     """
     File descriptors of all sockets of the dataplane.
 
-    At 95 % of the limit every TCP listener stops accepting; each 100 ms it is looked whether they may go on. So a
-    flood of connections never takes what the rest of the daemon needs, and never spins.
+    Listening sockets hold theirs for good, up to three quarters of all. Of what is left for connections, at 95 % every
+    TCP listener stops accepting; each 100 ms it is looked whether they may go on. So a flood of connections never takes
+    what the rest of the daemon needs, and never spins; and no number of listeners alone keeps clients waiting.
 
     :param limit: how many there are; ``None`` derives it from RLIMIT_NOFILE.
+    :ivar held: by listening sockets. :ivar used: by connections and flows.
     """
 
     log = Logger()
@@ -54,10 +67,9 @@ class Budget:
     def __init__(self, reactor: Any, limit: int | None = None) -> None:
         self._reactor = reactor
         self.limit = descriptorLimit() if limit is None else limit
-        self.used = 0
+        self.used = self.held = 0
         self.paused = False
         self.pauses = 0
-        self._high = max(1, int(self.limit * _HIGH))
         # A dict for its order: who has listened longest is resumed first.
         self._listeners: dict[Accepting, None] = {}
         self._timer: Any = None
@@ -65,12 +77,30 @@ class Budget:
 
     def take(self, n: int) -> bool:
         """Reserve so many descriptors. ``False``, and nothing reserved, when they are not there."""
-        if self.used + n > self.limit:
+        if self.used + n > self.limit - self.held:
             return False
         self.used += n
-        if self.used >= self._high and not self.paused:
-            self._pause(f"{self.used} of {self.limit} file descriptors are in use")
+        if not self.paused and self._isHigh():
+            self._pause(f"{self.used} of {self.limit - self.held} file descriptors for connections are in use")
         return True
+
+    def hold(self, n: int) -> bool:
+        """Reserve so many for listening sockets. ``False``, and nothing reserved, when too few would be left."""
+        if self.held + n > self.limit * _HELD or self.used + self.held + n > self.limit:
+            return False
+        self.held += n
+        return True
+
+    def release(self, n: int) -> None:
+        """Give back what was held."""
+        self.held -= n
+
+    def share(self, fraction: float) -> Share:
+        """A part of what is for connections, for those who must not take it all."""
+        return Share(self, fraction)
+
+    def _isHigh(self) -> bool:
+        return self.used >= max(1, int((self.limit - self.held) * _HIGH))
 
     def give(self, n: int) -> None:
         """Give back what was taken."""
@@ -97,8 +127,10 @@ class Budget:
             self.paused = False
 
     def status(self) -> Mapping[str, Any]:
-        """JSON-able: ``{limit, used, paused, pauses}``."""
-        return {"limit": self.limit, "used": self.used, "paused": self.paused, "pauses": self.pauses}
+        """JSON-able: ``{limit, held, used, paused, pauses}``."""
+        return {
+            "limit": self.limit, "held": self.held, "used": self.used, "paused": self.paused, "pauses": self.pauses,
+        }
 
     def _pause(self, why: str) -> None:
         if not self._listeners:
@@ -119,12 +151,38 @@ class Budget:
 
     def _lookAgain(self) -> None:
         self._timer = None
-        if self.used >= self._high:
+        if self._isHigh():
             self._arm()
             return
         self.paused = False
         for listener in list(self._listeners):
             listener.resumeAccepting()
+
+
+class Share:
+    """
+    A part of a budget: UDP flows come at the mere word of a sender, and must not keep TCP clients waiting.
+
+    :ivar used: how much of the part is taken.
+    """
+
+    def __init__(self, budget: Budget, fraction: float) -> None:
+        self._budget = budget
+        self._fraction = fraction
+        self.used = 0
+
+    def take(self, n: int) -> bool:
+        """As of a budget; ``False`` also when the part is used up."""
+        budget = self._budget
+        if self.used + n > (budget.limit - budget.held) * self._fraction or not budget.take(n):
+            return False
+        self.used += n
+        return True
+
+    def give(self, n: int) -> None:
+        """Give back what was taken."""
+        self.used -= n
+        self._budget.give(n)
 
 
 _Claim: TypeAlias = tuple[values.Protocol, values.Family, int]

@@ -80,7 +80,7 @@ class ListeningPort(Port):
             # Not shutdown(): another process may go on with a copy of this socket.
             self._shouldShutdown = False
             self.connectionLost(Failure(ConnectionDone()))  # type: ignore[no-untyped-call]
-            self._budget.give(1)
+            self._budget.release(1)
         return succeed(None)
 
     loseConnection = stopListening  # type: ignore[assignment]
@@ -172,16 +172,16 @@ class TcpProxier(ServerFactory):
     # --- IProxier
 
     def listen(self, port: int = 0) -> None:
-        if not self.budget.take(1):
-            raise OSError(errno.EMFILE, "the dataplane has used up its file descriptors; raise LimitNOFILE")
+        if not self.budget.hold(1):
+            raise OSError(errno.EMFILE, "there are too few file descriptors for so many sockets; raise LimitNOFILE")
         try:
             self.adopt(openListener(self.pool.port.family, port))
         except BaseException:
-            self.budget.give(1)
+            self.budget.release(1)
             raise
 
     def adopt(self, sock: socket.socket) -> None:
-        """Accept connections of a listening, non-blocking socket: it, and one descriptor taken for it, are ours now."""
+        """Accept connections of a listening, non-blocking socket: it, and one descriptor held for it, are ours now."""
         self._listening = ListeningPort(self.reactor, self, sock, self.budget)
         self._listening.startListening()
         self.port = sock.getsockname()[1]

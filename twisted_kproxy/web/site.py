@@ -38,7 +38,6 @@ class _Request(Request):
 
     def process(self) -> None:
         channel: _Channel = self.channel  # type: ignore[assignment]
-        channel.site.used(channel)
         self.site = channel.site
         if self.method in (b"GET", b"HEAD"):
             super().process()  # type: ignore[no-untyped-call]
@@ -65,11 +64,20 @@ class _Request(Request):
 
 
 class _Channel(HTTPChannel):
-    """A request has its time to arrive as a whole: a byte now and then does not prolong it."""
+    """
+    One request per connection, and it has its time to arrive as a whole: a byte now and then does not prolong it.
+
+    Who sends many at once and reads none of the answers would have them all made, and kept in memory.
+    """
 
     maxHeaders = 64
     totalHeadersSize = 8192
     site: ReadOnlySite
+
+    def checkPersistence(self, request: Any, version: bytes) -> bool:
+        """The answer says ``Connection: close``, and whatever was sent behind the request is not read."""
+        request.responseHeaders.setRawHeaders(b"connection", [b"close"])
+        return False
 
     def resetTimeout(self) -> None:
         """Called for all that arrives; the time runs from the connection, or from the last answer."""
@@ -84,8 +92,7 @@ class ReadOnlySite(Site):
     No access log, no sessions, request bodies are thrown away. Twisted's access log would take the reactor's clock for
     the time of day, and this reactor's clock is monotonic.
 
-    With too many connections the one that has been quiet for the longest is cut: whoever holds many open does not keep
-    a load balancer's probe out.
+    With too many connections the oldest is cut: whoever holds many open does not keep a load balancer's probe out.
     """
 
     noisy = False
@@ -117,11 +124,6 @@ class ReadOnlySite(Site):
         channel = super().buildProtocol(addr)  # type: ignore[no-untyped-call]
         self._channels[channel] = None
         return channel
-
-    def used(self, channel: _Channel) -> None:
-        """A request came in on that connection."""
-        if self._channels.pop(channel, self) is None:
-            self._channels[channel] = None
 
     def lost(self, channel: _Channel) -> None:
         """That connection is gone."""
