@@ -9,9 +9,9 @@ PY := .venv/bin/python
 .PHONY: help demo test unit lint bench venv setup clean
 
 help:
-	@echo "make demo         a cluster in network namespaces, served by kproxy; ends with Ctrl-C"
-	@echo "make demo ONCE=1  the same, once through and out"
-	@echo "make test         every test: unit, conformance, integration, packaging"
+	@echo "make demo         a node in network namespaces, served by kproxy; root; ends with Ctrl-C"
+	@echo "make demo ONCE=1  the same, once through and out: some seconds"
+	@echo "make test         every test: unit, integration, packaging; about 4 minutes"
 	@echo "make unit         the quick ones"
 	@echo "make lint         ruff, mypy, import contracts"
 	@echo "make bench        measurements"
