@@ -160,7 +160,7 @@ def readPortRange(text: str) -> tuple[int, int] | None:
         return None
     match = re.fullmatch(r"(\d{1,5})\s*-\s*(\d{1,5})", text, re.ASCII)
     if not match:
-        raise ValueError("must be FIRST-LAST, such as 36000-36999, or empty for any free port")
+        raise ValueError("must be FIRST-LAST, such as 20000-20999, or empty for any free port")
     first, last = int(match[1]), int(match[2])
     if first < 1024 or last > 65535 or last < 1:
         raise ValueError("must lie within 1024 to 65535")

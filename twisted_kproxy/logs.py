@@ -175,7 +175,7 @@ def _isLoud(event: LogEvent) -> Any:
     N``, for every socket) has no level of its own, and counts as debug.
     """
     level = _level(event)
-    if "log_legacy" in event and level is LogLevel.info:
+    if event.get("log_namespace") == "log_legacy" and level is LogLevel.info:
         level = LogLevel.debug
     return PredicateResult.yes if level >= _threshold[0] else PredicateResult.no
 

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from .core.values import Endpoint, PoolName, Problem, ServiceMap, ServicePort, ServicePortName
 from .interfaces import IDataplane, ILoadBalancer, ISource
-from .redaction import redactedValue
+from .redaction import redacted, redactedValue
 
 
 class _Cluster(Protocol):
@@ -95,7 +95,7 @@ class Report:
     def problems(self) -> list[dict[str, str]]:
         """Everything that is not as somebody wanted it: what sources cannot read, and what of objects is not served."""
         faults = [
-            {"kind": f"source {source.name}", "key": key, "reason": reason}
+            {"kind": f"source {source.name}", "key": redacted(key), "reason": redacted(reason)}
             for source in self._sources()
             for key, reason in source.faults().items()
         ]

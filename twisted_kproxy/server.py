@@ -253,6 +253,7 @@ class ProxyServer(MultiService):
         if self.dataplane is not None:
             self.log.info("Stopping; open connections may go on for up to {seconds:g} s", seconds=seconds)
         self.notifier.stopping()
+        self.health.stopping()
         for source in self.sources:
             await maybeDeferred(source.disownServiceParent)
         if self._starting is not None:

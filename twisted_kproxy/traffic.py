@@ -57,7 +57,7 @@ _TRAFFIC = (
     ("kproxy_service_connections_opened", "counter", "Connections (UDP: flows) established to an endpoint"),
     ("kproxy_service_connections_active", "gauge", "Connections (UDP: flows) that are open now"),
     ("kproxy_service_connections_failed", "counter", "Clients that could not be served"),
-    ("kproxy_endpoint_failures", "counter", "Tries at an endpoint that failed; others were tried then"),
+    ("kproxy_endpoint_failures", "counter", "Tries at an endpoint that failed; the client may have got another"),
     ("kproxy_service_sent_bytes", "counter", "Bytes from clients to endpoints, counted when a connection ends"),
     ("kproxy_service_received_bytes", "counter", "Bytes from endpoints to clients, counted when a connection ends"),
     ("kproxy_service_connect_seconds", "histogram", "From the client's arrival until an endpoint was connected"),

@@ -1,18 +1,13 @@
-"""
-Which resources the fake API server knows, and the discovery documents that say so.
-
-A further resource is one line in :data:`KINDS`.
-"""
+"""Which resources the fake API server knows; a further one is one line in :data:`KINDS`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 from msgspec import Struct
 
 Json = dict[str, Any]
-VERBS = ["create", "delete", "get", "list", "patch", "update", "watch"]
+VERBS = ["create", "delete", "deletecollection", "get", "list", "patch", "update", "watch"]
 
 
 class Kind(Struct, frozen=True, eq=False):
@@ -21,6 +16,7 @@ class Kind(Struct, frozen=True, eq=False):
 
     :ivar plural: its name in paths: ``services``.
     :ivar group: ``""`` for the core group.
+    :ivar categories: words that stand for several resources: ``kubectl get all``.
     :ivar fields: what a field selector may name beside ``metadata.name`` and ``metadata.namespace``.
     :ivar bookmark: what a BOOKMARK object of it carries beside kind, apiVersion and metadata: Go writes out the empty
         values of fields that have no ``omitempty``.
@@ -34,11 +30,17 @@ class Kind(Struct, frozen=True, eq=False):
     version: str = "v1"
     namespaced: bool = True
     shortNames: tuple[str, ...] = ()
+    categories: tuple[str, ...] = ()
     fields: tuple[str, ...] = ()
     bookmark: Json = {}
     status: bool = False
     returnsDeleted: bool = False
     warning: str = ""
+
+    @property
+    def verbs(self) -> list[str]:
+        """What can be done with it; Namespaces are deleted one by one."""
+        return [verb for verb in VERBS if verb != "deletecollection" or self.plural != "namespaces"]
 
     @property
     def apiVersion(self) -> str:
@@ -63,6 +65,7 @@ SERVICES = Kind(
     "Service",
     "services",
     shortNames=("svc",),
+    categories=("all",),
     fields=("spec.clusterIP", "spec.type"),
     bookmark={"spec": {}, "status": {"loadBalancer": {}}},
     status=True,
@@ -90,59 +93,31 @@ NODES = Kind(
     status=True,
 )
 NAMESPACES = Kind(
-    "Namespace", "namespaces", namespaced=False, shortNames=("ns",), bookmark={"spec": {}, "status": {}}, status=True
+    "Namespace",
+    "namespaces",
+    namespaced=False,
+    shortNames=("ns",),
+    fields=("status.phase",),
+    bookmark={"spec": {}, "status": {}},
+    status=True,
+    returnsDeleted=True,
 )
-EVENTS = Kind("Event", "events", shortNames=("ev",))
-EVENTS_V1 = Kind("Event", "events", group="events.k8s.io", shortNames=("ev",))
+_REFERENCE = ("kind", "namespace", "name", "uid", "apiVersion", "resourceVersion", "fieldPath")
+EVENTS = Kind(
+    "Event",
+    "events",
+    shortNames=("ev",),
+    fields=(*(f"involvedObject.{it}" for it in _REFERENCE), "reason", "reportingComponent", "type"),
+)
+EVENTS_V1 = Kind(
+    "Event",
+    "events",
+    group="events.k8s.io",
+    shortNames=("ev",),
+    fields=(*(f"regarding.{it}" for it in _REFERENCE), "reason", "reportingController", "type"),
+)
 
 SLICES_V1BETA1 = Kind("EndpointSlice", "endpointslices", "discovery.k8s.io", "v1beta1", bookmark=SLICES.bookmark)
 
 KINDS = (SERVICES, SLICES, ENDPOINTS, NODES, NAMESPACES, EVENTS, EVENTS_V1)
 KINDS_OF_1_20 = (SERVICES, SLICES_V1BETA1, ENDPOINTS, NODES, NAMESPACES, EVENTS)
-
-
-def apiVersions(address: str) -> Json:
-    """``/api``."""
-    where = [{"clientCIDR": "0.0.0.0/0", "serverAddress": address}]
-    return {"kind": "APIVersions", "versions": ["v1"], "serverAddressByClientCIDRs": where}
-
-
-def apiGroup(group: str, kinds: Iterable[Kind], standalone: bool = True) -> Json | None:
-    """``/apis/GROUP``, or its entry in ``/apis``; ``None`` where nothing of that group is served."""
-    versions = list(dict.fromkeys(kind.version for kind in kinds if kind.group == group))
-    if not versions or not group:
-        return None
-    entries = [{"groupVersion": f"{group}/{version}", "version": version} for version in versions]
-    head = {"kind": "APIGroup", "apiVersion": "v1"} if standalone else {}
-    return {**head, "name": group, "versions": entries, "preferredVersion": entries[0]}
-
-
-def apiGroups(kinds: Iterable[Kind]) -> Json:
-    """``/apis``."""
-    kinds = tuple(kinds)
-    groups = [apiGroup(group, kinds, standalone=False) for group in dict.fromkeys(it.group for it in kinds) if group]
-    return {"kind": "APIGroupList", "apiVersion": "v1", "groups": groups}
-
-
-def apiResources(group: str, version: str, kinds: Iterable[Kind]) -> Json | None:
-    """``/api/v1`` or ``/apis/GROUP/VERSION``; ``None`` where nothing of it is served."""
-    resources: list[Json] = []
-    for kind in sorted(kinds, key=lambda it: it.plural):
-        if (kind.group, kind.version) != (group, version):
-            continue
-        entry = {
-            "name": kind.plural,
-            "singularName": kind.kind.lower(),
-            "namespaced": kind.namespaced,
-            "kind": kind.kind,
-            "verbs": VERBS,
-        }
-        resources.append({**entry, "shortNames": list(kind.shortNames)} if kind.shortNames else entry)
-        if kind.status:
-            name = f"{kind.plural}/status"
-            resources.append({**entry, "name": name, "singularName": "", "verbs": ["get", "patch", "update"]})
-    if not resources:
-        return None
-    # The core group's list has no apiVersion: it predates the field.
-    head = {"kind": "APIResourceList", "apiVersion": "v1"} if group else {"kind": "APIResourceList"}
-    return {**head, "groupVersion": f"{group}/{version}" if group else version, "resources": resources}

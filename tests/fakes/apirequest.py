@@ -10,6 +10,7 @@ from urllib.parse import unquote
 import msgspec
 import yaml
 
+from . import apiproto
 from .apikinds import Json, Kind
 from .apiselectors import fieldSelector, labelSelector
 from .apistatus import StatusError, badRequest, failure, invalidOptions, status
@@ -137,7 +138,7 @@ def listOptions(query: Mapping[str, str], kind: Kind, watch: bool, watchList: st
         match=match,
         limit=_int(query.get("limit", "")) or 0,
         token=query.get("continue", ""),
-        wanted=_selector(query, kind),
+        wanted=selector(query, kind),
         bookmarks=query.get("allowWatchBookmarks") in ("true", "1"),
         seconds=_int(query.get("timeoutSeconds", "")),
         initial=initial,
@@ -158,24 +159,53 @@ def parseVersion(text: str, watch: bool = False) -> int | None:
     raise failure(500, "", problem) if watch else badRequest(f"invalid resource version: {problem}")
 
 
-def checkAccept(accept: str) -> None:
+class Representation(msgspec.Struct, frozen=True):
     """
-    JSON is what there is; further representations (Table, protobuf) would be chosen here.
+    The form in which a client wants objects.
 
+    :ivar form: ``json``, ``Table``, or ``PartialObjectMetadata``.
+    :ivar version: of meta.k8s.io.
+    """
+
+    form: str = "json"
+    version: str = "v1"
+
+
+def representation(accept: str, lists: bool) -> Representation:
+    """
+    The first of the forms in an Accept header that there is.
+
+    :param lists: whether it is about a list.
     :raise StatusError: 406.
     """
-    types = [part.split(";")[0].strip() for part in accept.split(",")]
-    if accept and not {"application/json", "application/*", "*/*"}.intersection(types):
-        raise StatusError(406, status(406, "NotAcceptable", _UNACCEPTABLE, {}))
+    partial = "PartialObjectMetadata"
+    for part in accept.split(",") if accept else ("*/*",):
+        type, *parameters = (it.strip() for it in part.split(";"))
+        said = dict(it.partition("=")[::2] for it in parameters)
+        if type not in ("application/json", "application/*", "*/*"):
+            continue
+        if "as" not in said:
+            return Representation()
+        if said.get("g") == "meta.k8s.io" and said.get("v") in ("v1", "v1beta1"):
+            if said["as"] == "Table":
+                return Representation("Table", said["v"])
+            if said["as"] == partial + "List" * lists:
+                return Representation(partial, said["v"])
+    raise StatusError(406, status(406, "NotAcceptable", _UNACCEPTABLE, {}))
 
 
 def parseBody(contentType: str, data: bytes, kind: Kind) -> Json:
     """:raise StatusError: 400, 415."""
     base = contentType.split(";")[0].strip()
-    if base not in ("", "application/json", "application/yaml"):
+    if base not in ("", "application/json", "application/yaml", apiproto.CONTENT_TYPE):
         raise failure(415, "UnsupportedMediaType", _UNKNOWN_BODY)
     try:
-        it = yaml.safe_load(data) if base == "application/yaml" else json.loads(data)
+        if base == apiproto.CONTENT_TYPE:
+            it: Any = apiproto.decode(data, kind)
+            if it is None:
+                raise failure(415, "UnsupportedMediaType", _UNKNOWN_BODY)
+        else:
+            it = yaml.safe_load(data) if base == "application/yaml" else json.loads(data)
     except (ValueError, yaml.YAMLError) as error:
         text = (
             f"the object provided is unrecognized (must be of type {kind.kind}): couldn't get version/kind; json parse "
@@ -187,24 +217,7 @@ def parseBody(contentType: str, data: bytes, kind: Kind) -> Json:
     return it
 
 
-def mergePatch(old: Any, patch: Any) -> Any:
-    """RFC 7396."""
-    if not isinstance(patch, dict):
-        return patch
-    new = dict(old) if isinstance(old, dict) else {}
-    for name, value in patch.items():
-        if value is None:
-            new.pop(name, None)
-        else:
-            new[name] = mergePatch(new.get(name), value)
-    return new
-
-
-# How a patch of a content type is applied; a strategic merge would be one more.
-PATCHES: dict[str, Callable[[Any, Any], Any]] = {"application/merge-patch+json": mergePatch}
-
-
-def _selector(query: Mapping[str, str], kind: Kind) -> Callable[[Json], bool] | None:
+def selector(query: Mapping[str, str], kind: Kind) -> Callable[[Json], bool] | None:
     labels, fields = query.get("labelSelector", ""), query.get("fieldSelector", "")
     if not labels and not fields:
         return None

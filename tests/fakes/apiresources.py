@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from twisted.logger import Logger
@@ -12,25 +12,26 @@ from twisted.python.failure import Failure
 from twisted.web.resource import Resource
 from twisted.web.server import NOT_DONE_YET
 
-from . import apikinds, apistatus
+from . import apidiscovery, apidocuments, apistatus
 from .apicontrol import control
 from .apifaults import GARBAGE, Fault, Reply, cutConnection
 from .apikinds import Json, Kind
 from .apirequest import (
-    PATCHES,
     Logged,
+    Representation,
     Target,
-    checkAccept,
     listOptions,
-    mergePatch,
-    parseBody,
     parseVersion,
+    representation,
     segments,
+    selector,
     target,
 )
 from .apistatus import StatusError
 from .apistore import encode, full
+from .apitables import partial, partialList, table
 from .apiwatch import Watch
+from .apiwrites import Write
 
 if TYPE_CHECKING:
     from .apiserver import FakeApi
@@ -59,6 +60,8 @@ class Call:
         self.target = target(self.parts) if self.parts[:1] in (["api"], ["apis"]) else None
         self.verb = self.target.verb(self.method, self.query) if self.target else ""
         self.headers: dict[str, str] = {}
+        self.warnings: list[str] = []
+        self.form = Representation()
         self.fault = Fault()
         self.logged: Logged | None = None
 
@@ -94,7 +97,7 @@ class Call:
             body = GARBAGE if fault.garbage else fault.body
             if not isinstance(body, bytes):
                 body = body.encode() if isinstance(body, str) else encode(body)
-            self._send(fault.status or 200, body, "application/json")
+            self.send(fault.status or 200, body, "application/json")
             return
         self._attempt(self._normal)
 
@@ -117,13 +120,15 @@ class Call:
         if self.target is not None:
             self._resource(self.target, user)
         elif first in ("api", "apis"):
-            self._discovery()
+            apidocuments.discovery(self)
+        elif first == "openapi" and self.method == "GET":
+            apidocuments.openApi(self)
         elif first == "version":
             self.json(self.api.version, pretty=True)
         elif first in OPEN_TO_ALL:
-            self._send(200, b"ok", "text/plain; charset=utf-8")
+            self.send(200, b"ok", "text/plain; charset=utf-8")
         else:
-            self._notFound()
+            self.notFound()
 
     def _user(self) -> str:
         """Who asks. Raises 401."""
@@ -142,54 +147,29 @@ class Call:
 
     # --- what there is to answer ---
 
-    def _discovery(self) -> None:
-        kinds, parts = self.api.store.kinds, self.parts
-        if parts[0] == "api":
-            if len(parts) == 1:
-                host = self.request.getHost()
-                self.json(apikinds.apiVersions(f"{host.host}:{host.port}"))
-            elif resources := apikinds.apiResources("", parts[1], kinds):
-                self.json(resources)
-            else:
-                raise apistatus.noResource()
-        elif len(parts) == 1:
-            self.json(apikinds.apiGroups(kinds))
-        elif not (group := apikinds.apiGroup(parts[1], kinds)):
-            self._notFound()
-        elif len(parts) == 2:
-            self.json(group)
-        elif resources := apikinds.apiResources(parts[1], parts[2], kinds):
-            self.json(resources)
-        else:
-            raise apistatus.noResource()
-
     def _resource(self, it: Target, user: str) -> None:
         kind = self.api.store.kindAt(it.group, it.version, it.plural)
         rights = {(it.plural, self.verb), (it.plural, "*"), ("*", self.verb), ("*", "*")}
         if user == "system:anonymous" or rights & self.api.forbidden:
             raise apistatus.forbidden(user, self.verb, kind, it.plural, it.namespace, it.name)
         if kind is None:
-            if it.group and not apikinds.apiGroup(it.group, self.api.store.kinds):
-                self._notFound()
+            if it.group and not apidiscovery.apiGroup(it.group, self.api.store.kinds):
+                self.notFound()
                 return
             raise apistatus.noResource()
         if it.subresource and not (it.subresource == "status" and kind.status and self.verb != "create"):
             raise apistatus.noResource()
         if kind.warning:
-            self.headers["Warning"] = f'299 - "{kind.warning}"'
-        checkAccept(self.header("accept"))
+            self.warn(kind.warning)
+        self.form = representation(self.header("accept"), self.verb == "list")
         if self.verb in ("list", "watch"):
             self._collection(kind, it)
         elif self.verb == "get":
             version = parseVersion(self.query.get("resourceVersion", ""))
             self._notTooLarge(version)
-            self.json(full(kind, self.api.store.get(kind, it.namespace, it.name)))
-        elif self.verb == "create" and not it.name:
-            self._create(kind, it)
-        elif self.verb in ("update", "patch", "delete") and it.name:
-            self._change(kind, it)
+            self.object(kind, self.api.store.get(kind, it.namespace, it.name))
         else:
-            raise apistatus.noMethod()
+            Write(self, kind, it).perform()
 
     def _collection(self, kind: Kind, it: Target) -> None:
         store, watch = self.api.store, self.verb == "watch"
@@ -211,8 +191,13 @@ class Call:
         if page.remaining is not None:
             metadata["remainingItemCount"] = page.remaining
         items = [] if self.fault.emptyList else page.items
-        head = {"kind": f"{kind.kind}List", "apiVersion": kind.apiVersion, "metadata": metadata}
-        self.json({**head, "items": items})
+        if self.form.form == "Table":
+            self.json(self._table(kind, items, metadata))
+        elif self.form.form != "json":
+            self.json(partialList(items, metadata, self.form.version))
+        else:
+            head = {"kind": f"{kind.kind}List", "apiVersion": kind.apiVersion, "metadata": metadata}
+            self.json({**head, "items": items})
 
     def _watch(self, kind: Kind, it: Target, options: Any) -> None:
         if options.initial:
@@ -230,6 +215,7 @@ class Call:
             mark=bool(options.initial) and options.bookmarks,
             bookmarks=options.bookmarks,
             seconds=self.api.watchSeconds if options.seconds is None else options.seconds,
+            frame=None if self.form.form == "json" else self._frames(kind),
         )
         self.request.notifyFinish().addBoth(lambda _: watch.forget())
         watch.start()
@@ -239,45 +225,42 @@ class Call:
         if version and version > store.resourceVersion:
             raise apistatus.tooLarge(version, store.resourceVersion, store.tooLargeSeconds)
 
-    def _create(self, kind: Kind, it: Target) -> None:
-        new = self._object(kind, it)
-        if not new["metadata"].get("name") and new["metadata"].get("generateName"):
-            new["metadata"]["name"] = new["metadata"]["generateName"] + uuid.uuid4().hex[:5]
-        self.json(full(kind, self.api.store.create(new)), 201)
+    def _frames(self, kind: Kind) -> Callable[[str, Json], bytes]:
+        """Lines of a watch in the form that was asked for."""
+        first = True
 
-    def _change(self, kind: Kind, it: Target) -> None:
-        store = self.api.store
-        old = store.get(kind, it.namespace, it.name)
-        if self.verb == "delete":
-            gone = store.remove(kind, old["metadata"].get("namespace", ""), it.name)
-            self.json(full(kind, gone) if kind.returnsDeleted else apistatus.deleted(kind, gone))
-            return
-        if self.verb == "update":
-            new = self._object(kind, it)
-        else:
-            patch = PATCHES.get(self.header("content-type").split(";")[0].strip())
-            if patch is None:
-                raise apistatus.failure(415, "UnsupportedMediaType", "415: Unsupported Media Type", {})
-            new = patch(full(kind, old), parseBody("", self.request.content.read(), kind))
-        if it.subresource:  # only the status counts
-            metadata = {**old["metadata"], "resourceVersion": new["metadata"].get("resourceVersion", "")}
-            new = {**full(kind, old), "metadata": metadata, "status": new.get("status", {})}
-        elif kind.status:  # anything but the status counts
-            new = mergePatch(new, {"status": None}) | ({"status": old["status"]} if "status" in old else {})
-        self.json(full(kind, store.update(new)))
+        def frame(type: str, it: Json) -> bytes:
+            nonlocal first
+            said = self._formed(kind, it, first)
+            first = False
+            return encode({"type": type, "object": said}) + b"\n"
 
-    def _object(self, kind: Kind, it: Target) -> Json:
-        """The object in the body, made to agree with the path."""
-        new = parseBody(self.header("content-type"), self.request.content.read(), kind)
-        new = {**new, "apiVersion": kind.apiVersion, "kind": kind.kind, "metadata": dict(new["metadata"])}
-        for field, said in (("namespace", it.namespace), ("name", it.name)):
-            if said and new["metadata"].setdefault(field, said) != said:
-                raise apistatus.badRequest(
-                    f"the {field} of the provided object does not match the {field} sent on the URL"
-                )
-        return new
+        return frame
+
+    def _formed(self, kind: Kind, it: Json, head: bool = True) -> Json:
+        if self.form.form == "json":
+            return full(kind, it)
+        if self.form.form != "Table":
+            return partial(it, self.form.version)
+        return self._table(kind, [it], {"resourceVersion": it["metadata"].get("resourceVersion", "")}, head)
+
+    def _table(self, kind: Kind, items: Sequence[Json], metadata: Json, head: bool = True) -> Json:
+        include = self.query.get("includeObject", "")
+        return table(kind, items, metadata, self.api.store.now(), include, self.form.version, head)
+
+    def selection(self, kind: Kind) -> Callable[[Json], bool] | None:
+        """What the request's selectors select."""
+        return selector(self.query, kind)
+
+    def warn(self, *texts: str) -> None:
+        """Say something beside the answer."""
+        self.warnings += ['299 - "' + text.replace("\\", "\\\\").replace('"', '\\"') + '"' for text in texts]
 
     # --- sending ---
+
+    def object(self, kind: Kind, it: Json, code: int = 200) -> None:
+        """Answer with an object, in the form that was asked for."""
+        self.json(self._formed(kind, it), code)
 
     def json(self, it: Any, code: int = 200, pretty: bool = False) -> None:
         body = encode(it)
@@ -287,21 +270,21 @@ class Call:
             body = msgspec.json.format(body, indent=2)
         else:
             body += b"\n"
-        self._send(code, body, "application/json")
+        self.send(code, body, "application/json")
 
     def error(self, error: StatusError) -> None:
         self.headers.update(error.headers)
         if error.code == 403:
             self.headers["X-Content-Type-Options"] = "nosniff"
         if isinstance(error.body, str):
-            self._send(error.code, error.body.encode(), "text/plain; charset=utf-8")
+            self.send(error.code, error.body.encode(), "text/plain; charset=utf-8")
         else:
             self.json(error.body, error.code)
 
-    def _notFound(self) -> None:
-        self._send(404, b"404 page not found\n", "text/plain; charset=utf-8")
+    def notFound(self) -> None:
+        self.send(404, b"404 page not found\n", "text/plain; charset=utf-8")
 
-    def _send(self, code: int, body: bytes, contentType: str) -> None:
+    def send(self, code: int, body: bytes, contentType: str) -> None:
         if self.request.channel is None or self.request._disconnected:
             return
         if len(body) > GZIP_FROM and "gzip" in self.header("accept-encoding"):
@@ -334,6 +317,8 @@ class Call:
         self.request.responseHeaders.removeHeader(b"server")
         for name, value in headers.items():
             self.request.setHeader(name, value)
+        if self.warnings:
+            self.request.responseHeaders.setRawHeaders("Warning", self.warnings)
 
     def _after(self, seconds: float, what: Any) -> None:
         if not seconds:

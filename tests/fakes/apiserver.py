@@ -7,13 +7,16 @@ Three ways to use it:
 - on a socket of this process: ``api.listen("127.0.0.1")``, then ``api.url``; at the end ``yield api.close()``;
 - as a program: ``python -m tests.fakes.apiserver --listen 192.0.2.4:6443 [--tls DIR] [--token T] [--objects FILE …]``
   prints ``listening on URL`` when it is ready and ends at SIGTERM. Script it through :mod:`tests.fakes.apicontrol`,
-  from Python with :class:`tests.fakes.apiprocess.ApiProcess`.
+  from Python with :class:`tests.fakes.daemon.ApiProcess`.
+
+The program is a server for kubectl: what is created and changed through its API gets defaults, addresses and ports,
+is checked, and has to be in a namespace that exists (:mod:`tests.fakes.apidefaults`). What tests put there through
+``/fake/objects`` or ``--objects`` is taken as it is. In a test, ``FakeApi(clock)`` takes everything as it is, and
+``FakeApi(clock, admission=True)`` does as the program.
 """
 
 from __future__ import annotations
 
-import argparse
-import os
 import socket
 import sys
 import time
@@ -21,17 +24,18 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import yaml
 from twisted.internet.defer import Deferred, maybeDeferred, succeed
 from twisted.internet.task import Clock
 from twisted.protocols.policies import ProtocolWrapper, WrappingFactory
 from twisted.web.server import Site
 
-from .apicontrol import objectsIn, tokensOf
+from .apicontrol import tokensOf
+from .apidefaults import Admission
 from .apifaults import Faults
-from .apikinds import KINDS, KINDS_OF_1_20, Json
+from .apikinds import Json
+from .apiopenapi import OpenApi
 from .apirequest import Logged
-from .apiresources import ApiRoot, ControlRoot
+from .apiresources import ApiRoot
 from .apistore import Event, Store
 from .apiwatch import Watch
 
@@ -63,6 +67,9 @@ class FakeApi:
     :param prefix: the path below which the API lives, such as ``/k8s/clusters/c1``.
     :param version: what ``/version`` says.
     :param seconds: the monotonic clock for the request log.
+    :param admission: what fills in and checks objects that come through the API; ``True`` for the usual one, ``None``
+        to take them as they are.
+    :param modern: whether there is aggregated discovery and OpenAPI 3.
     :ivar resource: the root resource.
     :ivar faults: what is to go wrong: ``api.faults.add(resource="services", verb="list", status=500)``.
     :ivar requests: every request, as it came.
@@ -84,9 +91,18 @@ class FakeApi:
         prefix: str = "",
         version: Json = VERSION,
         seconds: Callable[[], float] | None = None,
+        admission: Admission | bool | None = None,
+        modern: bool = True,
     ) -> None:
         self.reactor = reactor
         self.store = Store() if store is None else store
+        self.admission = Admission(self.store) if admission is True else admission or None
+        if self.admission is not None:
+            self.admission.begin()
+        self.modern = modern
+        self.openApi = OpenApi(self.store.kinds, version["gitVersion"])
+        # What each field manager applied last: of kind, namespace, name and manager, the object's uid and the fields.
+        self.applied: dict[tuple[str, ...], tuple[str, Json]] = {}
         self.tokens = tokensOf(tokens)
         self.certificatesOnly = certificatesOnly
         self.bookmarkSeconds = bookmarkSeconds
@@ -258,7 +274,7 @@ class FakeApi:
             watch.deliver(event)
 
 
-class _Site(Site):
+class QuietSite(Site):
     """Keeps no access log: tests read :attr:`FakeApi.requests`."""
 
     noisy = False
@@ -280,7 +296,7 @@ class _Factory(WrappingFactory):
     noisy = False
 
     def __init__(self, api: FakeApi) -> None:
-        super().__init__(_Site(api.resource, reactor=api.reactor))  # type: ignore[no-untyped-call]
+        super().__init__(QuietSite(api.resource, reactor=api.reactor))  # type: ignore[no-untyped-call]
         self.api = api
         self.whenEmpty: Deferred[None] | None = None
 
@@ -291,61 +307,7 @@ class _Factory(WrappingFactory):
             self.whenEmpty = None
 
 
-def loadObjects(store: Store, path: str) -> int:
-    """Put the objects of a YAML file, or of all those in a folder, into the store. Gives their number."""
-    if os.path.isdir(path):
-        names = sorted(name for name in os.listdir(path) if name.endswith((".yaml", ".yml", ".json")))
-        return sum(loadObjects(store, os.path.join(path, name)) for name in names)
-    count = 0
-    with open(path, encoding="utf-8") as file:
-        for document in yaml.load_all(file, getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
-            for it in objectsIn(document) if document is not None else ():
-                store.apply(it)
-                count += 1
-    return count
-
-
-def main(argv: list[str]) -> None:
-    """The program."""
-    from twisted.internet import reactor
-    from twisted.python import log
-
-    parser = argparse.ArgumentParser(prog="python -m tests.fakes.apiserver")
-    parser.add_argument("--listen", default="127.0.0.1:0", help="ADDRESS:PORT, [ADDRESS]:PORT")
-    parser.add_argument("--tls", metavar="DIR", help="folder with server.crt, server.key and ca.crt")
-    parser.add_argument("--require-certificate", action="store_true", help="refuse clients without one")
-    parser.add_argument("--token", action="append", help="a bearer token that counts")
-    parser.add_argument("--objects", action="append", default=[], metavar="FILE", help="YAML file, or folder of such")
-    parser.add_argument("--bookmark-seconds", type=float, default=60.0)
-    parser.add_argument("--history", type=int, default=10_000)
-    parser.add_argument("--watch-list", choices=("on", "off", "ignored"), default="on")
-    parser.add_argument("--old", action="store_true", help="serve what 1.20 served: no discovery.k8s.io/v1")
-    parser.add_argument("--control", metavar="ADDRESS:PORT", help="offer /fake/ there too, always without TLS")
-    options = parser.parse_args(argv)
-    log.startLogging(sys.stderr, setStdout=False)  # type: ignore[no-untyped-call]
-    store = Store(KINDS_OF_1_20 if options.old else KINDS, options.history)
-    for path in options.objects:
-        loadObjects(store, path)
-    api = FakeApi(reactor, store, tokens=options.token, watchList="off" if options.old else options.watch_list,
-                  bookmarkSeconds=options.bookmark_seconds)  # fmt: skip
-    tls = None
-    if options.tls:
-        from .certificates import contextFrom
-
-        tls = contextFrom(options.tls, options.require_certificate)
-    host, port = _hostPort(options.listen)
-    api.listen(host, port, tls)
-    if options.control:
-        host, port = _hostPort(options.control)
-        reactor.listenTCP(port, _Site(ControlRoot(api)), interface=host)  # type: ignore[arg-type,no-untyped-call]
-    print(f"listening on {api.url}", flush=True)
-    reactor.run()
-
-
-def _hostPort(text: str) -> tuple[str, int]:
-    host, _, port = text.rpartition(":")
-    return host.strip("[]"), int(port)
-
-
 if __name__ == "__main__":
+    from .apiprogram import main
+
     main(sys.argv[1:])

@@ -12,6 +12,7 @@ EXPIRED_CONTINUE = (
     "Continuing with the provided token results in an inconsistent list - objects that were created, modified, or "
     "deleted between the time the first chunk was returned and now may show up in the list."
 )
+_MODIFIED = "the object has been modified; please apply your changes to the latest version and try again"
 
 
 class StatusError(Exception):
@@ -62,11 +63,8 @@ def alreadyExists(kind: Kind, name: str) -> StatusError:
     return failure(409, "AlreadyExists", f'{_qualified(kind)} "{name}" already exists', _details(kind, name))
 
 
-def conflict(kind: Kind, name: str) -> StatusError:
-    text = (
-        f'Operation cannot be fulfilled on {_qualified(kind)} "{name}": the object has been modified; please apply '
-        "your changes to the latest version and try again"
-    )
+def conflict(kind: Kind, name: str, problem: str = _MODIFIED) -> StatusError:
+    text = f'Operation cannot be fulfilled on {_qualified(kind)} "{name}": {problem}'
     return failure(409, "Conflict", text, _details(kind, name))
 
 

@@ -16,9 +16,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 
-import msgspec
-
 from .apikinds import KINDS, Json, Kind
+from .apiobjects import Event, Key, Page, encode, eventFrame, full, stamped
 from .apistatus import (
     StatusError,
     alreadyExists,
@@ -31,73 +30,7 @@ from .apistatus import (
     tooLarge,
 )
 
-Key = tuple[str, str]  # namespace ("" for what has none) and name
 _UIDS = uuid.UUID("6ba7b811-9dad-11d1-80b4-00c04fd430c8")
-
-
-def encode(it: object) -> bytes:
-    """JSON as Go writes it: compact, and with ``<``, ``>`` and ``&`` escaped."""
-    data = msgspec.json.encode(it)
-    return data.replace(b"<", b"\\u003c").replace(b">", b"\\u003e").replace(b"&", b"\\u0026")
-
-
-class Event:
-    """
-    One change.
-
-    :ivar old: the object before; ``None`` for a new one.
-    :ivar new: the object after; ``None`` where it was deleted.
-    """
-
-    __slots__ = ("_frames", "key", "kind", "new", "old", "version")
-
-    def __init__(self, version: int, kind: Kind, key: Key, old: Json | None, new: Json | None) -> None:
-        self.version = version
-        self.kind = kind
-        self.key = key
-        self.old = old
-        self.new = new
-        self._frames: dict[str, bytes] = {}
-
-    def frame(self, wanted: Callable[[Json], bool] | None) -> bytes | None:
-        """
-        What a watch says of it through a selector: an object that stops matching is DELETED, with its old contents
-        and the new resourceVersion; one that starts to is ADDED. ``None`` where there is nothing to say.
-        """
-        before = self.old is not None and (wanted is None or wanted(self.old))
-        after = self.new is not None and (wanted is None or wanted(self.new))
-        if not before and not after:
-            return None
-        type = "DELETED" if not after else "MODIFIED" if before else "ADDED"
-        if type not in self._frames:
-            it = self.new if after else stamped(self.old or {}, self.version)
-            assert it is not None
-            self._frames[type] = eventFrame(type, self.kind, it)
-        return self._frames[type]
-
-
-class Page(msgspec.Struct):
-    """An answer to LIST."""
-
-    version: int
-    items: list[Json]
-    token: str = ""
-    remaining: int | None = None
-
-
-def eventFrame(type: str, kind: Kind, it: Json) -> bytes:
-    """One line of a watch."""
-    return encode({"type": type, "object": full(kind, it)}) + b"\n"
-
-
-def full(kind: Kind, it: Json) -> Json:
-    """With its kind and apiVersion in front, as an object stands by itself; list items go without."""
-    return {"kind": kind.kind, "apiVersion": kind.apiVersion, **it}
-
-
-def stamped(it: Json, version: int) -> Json:
-    """The object under another resourceVersion."""
-    return {**it, "metadata": {**(it.get("metadata") or {}), "resourceVersion": str(version)}}
 
 
 class Store:
@@ -123,7 +56,7 @@ class Store:
         self.kinds = tuple(kinds)
         self.resourceVersion = resourceVersion
         self.admission: list[Callable[[Json, Json | None], Json]] = []
-        self._now = now
+        self.now = now
         self._objects: dict[Kind, dict[Key, Json]] = {kind: {} for kind in self.kinds}
         self._byKind = {(kind.apiVersion, kind.kind): kind for kind in self.kinds}
         self._byPath = {(kind.group, kind.version, kind.plural): kind for kind in self.kinds}
@@ -237,31 +170,60 @@ class Store:
 
     # --- changes ---
 
-    def create(self, it: Json) -> Json:
+    def begin(self, *objects: Json) -> None:
+        """Put objects there that have been there from the start: they take up no resourceVersion and are no news."""
+        for it in objects:
+            kind, key = self._placed(it)
+            self._objects[kind][key] = stamped(self._made(kind, key, None, it), self.resourceVersion)
+
+    def restore(self, version: int, kind: Kind, key: Key, it: Json | None) -> None:
+        """Redo a change of an earlier life: ``it`` is what was stored, ``None`` where it was deleted."""
+        self._uids += 1
+        if it is None:
+            self._objects[kind].pop(key, None)
+        else:
+            self._objects[kind][key] = it
+        self.resourceVersion = max(version, self.resourceVersion)
+        self._forget()
+
+    def create(self, it: Json, dry: bool = False) -> Json:
         """
         Store a new object. A uid and a creationTimestamp that it brings are kept, so that tests can choose them.
 
+        :param dry: only tell what would be stored.
         :raise StatusError: 409 where there is one of that name.
         """
+        self.absent(it)
+        kind, key = self._placed(it)
+        return self._made(kind, key, None, it) if dry else self._put(kind, key, None, it)
+
+    def absent(self, it: Json) -> None:
+        """:raise StatusError: 409 where there is one of that name."""
         kind, key = self._placed(it)
         if key in self._objects[kind]:
             raise alreadyExists(kind, key[1])
-        return self._put(kind, key, None, it)
 
-    def update(self, it: Json) -> Json:
+    def update(self, it: Json, dry: bool = False) -> Json:
         """
         Replace an object; uid and creationTimestamp stay.
 
+        :param dry: only tell what would be stored.
         :raise StatusError: 404; 409 where it says a resourceVersion or a uid other than that of the stored one.
         """
         kind, key = self._placed(it)
         old = self._objects[kind].get(key)
         if old is None:
             raise notFound(kind, key[1])
+        self.matches(it, old)
+        if dry:
+            return stamped(self._made(kind, key, old, it), int(old["metadata"]["resourceVersion"]))
+        return self._put(kind, key, old, it)
+
+    def matches(self, it: Json, old: Json) -> None:
+        """:raise StatusError: 409 where it says a resourceVersion or a uid other than that of the stored one."""
         for field in ("resourceVersion", "uid"):
             if it["metadata"].get(field) not in (None, "", old["metadata"].get(field)):
-                raise conflict(kind, key[1])
-        return self._put(kind, key, old, it)
+                raise conflict(self.kindOf(it), old["metadata"]["name"])
 
     def apply(self, it: Json) -> Json:
         """Create or replace, whatever resourceVersion it says."""
@@ -333,6 +295,20 @@ class Store:
         return kind, (str(metadata.get("namespace") or "default") if kind.namespaced else "", name)
 
     def _put(self, kind: Kind, key: Key, old: Json | None, it: Json) -> Json:
+        new = self._made(kind, key, old, it)
+        if old is not None:
+            if stamped(old, 0) == stamped(new, 0):
+                return old  # a write that changes nothing makes no event
+            if "deletionTimestamp" in old["metadata"] and not new["metadata"].get("finalizers"):
+                return self._drop(kind, key, new)
+        self.resourceVersion += 1
+        new["metadata"]["resourceVersion"] = str(self.resourceVersion)
+        self._objects[kind][key] = new
+        self._tell(Event(self.resourceVersion, kind, key, old, new))
+        return new
+
+    def _made(self, kind: Kind, key: Key, old: Json | None, it: Json) -> Json:
+        """The object as it is stored, but for its resourceVersion."""
         for step in self.admission:
             it = step(it, old)
         metadata = {name: value for name, value in it["metadata"].items() if value is not None}
@@ -347,15 +323,6 @@ class Store:
         rest = {name: value for name, value in metadata.items() if name not in ours}
         new: Json = {"metadata": {**place, "uid": "", "resourceVersion": "", **kept, **rest}}
         new.update((name, value) for name, value in it.items() if name not in ("kind", "apiVersion", "metadata"))
-        if old is not None:
-            if stamped(old, 0) == stamped(new, 0):
-                return old  # a write that changes nothing makes no event
-            if "deletionTimestamp" in old["metadata"] and not metadata.get("finalizers"):
-                return self._drop(kind, key, new)
-        self.resourceVersion += 1
-        new["metadata"]["resourceVersion"] = str(self.resourceVersion)
-        self._objects[kind][key] = new
-        self._tell(Event(self.resourceVersion, kind, key, old, new))
         return new
 
     def _drop(self, kind: Kind, key: Key, last: Json) -> Json:
@@ -386,7 +353,7 @@ class Store:
             objects[event.key] = event.old
 
     def _timestamp(self) -> str:
-        return self._now().strftime("%Y-%m-%dT%H:%M:%SZ")
+        return self.now().strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def _sealed(version: int, key: Key, namespaced: bool) -> str:

@@ -23,6 +23,7 @@ class Watch:
     :param initial: whether that present state is wanted.
     :param mark: whether a bookmark says where the initial events end.
     :param seconds: when it ends by itself.
+    :param frame: makes a line of an event's type and object, where that is not the usual one.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class Watch:
         mark: bool,
         bookmarks: bool,
         seconds: float,
+        frame: Callable[[str, Json], bytes] | None = None,
     ) -> None:
         self.kind = kind
         self.version = version
@@ -48,6 +50,7 @@ class Watch:
         self._mark = mark
         self._bookmarks = bookmarks
         self._seconds = seconds
+        self._form = frame
         self._timers: dict[str, Any] = {}
 
     def start(self) -> None:
@@ -57,7 +60,7 @@ class Watch:
             self.version = store.resourceVersion
             if self._initial:
                 for it in store.list(self.kind, self._namespace, self._wanted).items:
-                    reply.write(eventFrame("ADDED", self.kind, it))
+                    reply.write(self._frame("ADDED", it))
                 if self._mark:
                     reply.write(self._bookmark({"k8s.io/initial-events-end": "true"}))
         elif self.version < store.oldest:
@@ -84,7 +87,11 @@ class Watch:
         # A watch from the future stays silent until the future is there, even if time has been turned back.
         if event.version <= self.version:
             return
-        frame = event.frame(self._wanted)
+        if self._form is None:
+            frame = event.frame(self._wanted)
+        else:
+            said = event.said(self._wanted)
+            frame = None if said is None else self._form(*said)
         if frame is not None:
             self._reply.write(frame)
 
@@ -128,7 +135,10 @@ class Watch:
         metadata: Json = {"resourceVersion": str(self._api.store.resourceVersion)}
         if annotations:
             metadata["annotations"] = annotations
-        return eventFrame("BOOKMARK", self.kind, {"metadata": metadata, **self.kind.bookmark})
+        return self._frame("BOOKMARK", {"metadata": metadata, **self.kind.bookmark})
+
+    def _frame(self, type: str, it: Json) -> bytes:
+        return eventFrame(type, self.kind, it) if self._form is None else self._form(type, it)
 
     def _later(self, name: str, seconds: float, what: Callable[[], None]) -> None:
         def now() -> None:

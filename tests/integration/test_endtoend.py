@@ -311,6 +311,8 @@ class EndToEndTests(EndToEnd):
         try:
             waitFor(lambda: self.world.curl("p0b", url) == "curl 7", 5)
             self.expectRefused("x", url)
+            pages = [daemon.get(f"http://127.0.0.1:10256/{page}")[0] for page in ("healthz", "livez")]
+            self.assertEqual(pages, [503, 200])
             self.assertIn(b"p0a", ask())
             daemon.process.wait(10)
             self.assertNotIn("10.96.", self.rules())

@@ -8,8 +8,10 @@ from __future__ import annotations
 import atexit
 import itertools
 import json
+import signal
 import socket
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from tests.fakes.daemon import ApiProcess, Backend, Daemon
@@ -77,6 +79,7 @@ def slices(rig: Rig, name: str, *pods: str, ports: Any = None) -> list[Json]:
 
 class World:
     """
+    :param apiOptions: further options of the API server; ``{folder}`` in them is the rig's folder.
     :ivar rig: see :mod:`tests.fakes.network`.
     :ivar api: the API server's process.
     :ivar daemon: kproxy on n0.
@@ -84,12 +87,13 @@ class World:
 
     shared: ClassVar[World | None] = None
 
-    def __init__(self, writer: str) -> None:
+    def __init__(self, writer: str, apiOptions: Sequence[str] = ()) -> None:
         self.writer = writer
+        self.apiOptions = apiOptions
         self.rig = Rig()
         try:
             self.numbers = itertools.count(1)
-            self.api = ApiProcess(self.rig)
+            self.api = self.startApi()
             self.backends = {pod: Backend(self.rig, pod, http=[PORT], udp=[PORT]) for pod in PODS}
             self.api.apply(
                 *(
@@ -103,11 +107,11 @@ class World:
             raise
 
     @classmethod
-    def get(cls, writer: str) -> World:
-        """The world of this writer; one at a time is kept."""
-        if cls.shared is None or cls.shared.writer != writer:
+    def get(cls, writer: str, apiOptions: Sequence[str] = ()) -> World:
+        """The world of this writer and these options; one at a time is kept."""
+        if cls.shared is None or (cls.shared.writer, cls.shared.apiOptions) != (writer, apiOptions):
             cls.end()
-            cls.shared = World(writer)
+            cls.shared = World(writer, apiOptions)
         return cls.shared
 
     @classmethod
@@ -115,6 +119,13 @@ class World:
         if cls.shared is not None:
             cls.shared.rig.close()
             cls.shared = None
+
+    def startApi(self) -> ApiProcess:
+        return ApiProcess(self.rig, options=[it.format(folder=self.rig.folder) for it in self.apiOptions])
+
+    def killApi(self) -> None:
+        """The API server dies; :meth:`startApi` starts another one at the same address."""
+        self.api.stop(signal.SIGKILL)
 
     def startDaemon(self, extra: str = "", **kw: Any) -> Daemon:
         text = CONFIG.format(server=self.api.url, writer=self.writer) + extra

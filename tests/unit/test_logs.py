@@ -8,7 +8,8 @@ from io import BytesIO, StringIO, TextIOWrapper
 from typing import Any
 
 from twisted.internet.task import Clock
-from twisted.logger import ILogObserver, LogEvent, Logger, LogLevel, LogPublisher
+from twisted.logger import ILogObserver, LogEvent, Logger, LogLevel, LogPublisher, globalLogPublisher
+from twisted.python import log
 from twisted.python import log as legacyLog
 from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
@@ -250,16 +251,19 @@ class LevelTests(LogCase):
 
     def test_twistedsOwn(self) -> None:
         """Twisted's lines about each port and factory are for debugging; its errors are not."""
-        event = {"log_legacy": "x", "log_level": logs.LogLevel.info, "log_text": "Port starting", "log_format": "x"}
         file = StringIO()
         observer = logs.text(file)
+        globalLogPublisher.addObserver(observer)
+        self.addCleanup(globalLogPublisher.removeObserver, observer)
         logs.useLevel("info")
-        observer(event)
+        log.msg("Port starting on 1")
         self.assertEqual(file.getvalue(), "")
-        observer({**event, "log_level": logs.LogLevel.critical})
+        log.err(RuntimeError("broken"), "it broke")
+        self.flushLoggedErrors(RuntimeError)
         logs.useLevel("debug")
-        observer(event)
-        self.assertEqual(file.getvalue().count("\n"), 2)
+        log.msg("Port starting on 2")
+        text = file.getvalue()
+        self.assertEqual(["broke" in text, "on 1" in text, "on 2" in text], [True, False, True])
 
 
 class OnceTests(SynchronousTestCase):

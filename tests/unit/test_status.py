@@ -84,6 +84,12 @@ class HealthStateTests(SynchronousTestCase):
         self.assertTrue(self.healthy())
         self.assertIsNone(self.state.health().lastUpdated)
 
+    def test_stopping(self) -> None:
+        """While it drains no new clients are to come to this node; it is alive all the same."""
+        self.state.stopping()
+        health = self.state.health()
+        self.assertEqual((health.nodeEligible, health.healthy), (False, True))
+
     def test_idleIsHealthy(self) -> None:
         """Once everything is in force, quiet time does not make it unhealthy."""
         self.state.queued()

@@ -92,6 +92,7 @@ class HealthState:
         self._limit = 2 * syncPeriod
         self._families: dict[Family, _Waiting] = {family: _Waiting() for family in families}
         self._nodeEligible = True
+        self._stopping = False
 
     def queued(self, family: Family | None = None) -> None:
         """A change came that is not yet in force; ``None`` for every family."""
@@ -123,6 +124,10 @@ class HealthState:
         """This node's object is that now, or is gone. Before the first call the node counts as eligible."""
         self._nodeEligible = eligible(node)
 
+    def stopping(self) -> None:
+        """The daemon drains: load balancers are to send the node nothing new, though it is alive."""
+        self._stopping = True
+
     def health(self) -> Health:
         """How things are now."""
         now = self._clock.seconds()
@@ -130,7 +135,7 @@ class HealthState:
         for family, it in self._families.items():
             oldest = it.queued if it.taken is None else it.taken
             families[family] = FamilyHealth(it.applied, oldest is None or now - oldest < self._limit)
-        return Health(now, families, self._nodeEligible)
+        return Health(now, families, self._nodeEligible and not self._stopping)
 
     def _each(self, family: Family | None) -> Iterable[_Waiting]:
         return self._families.values() if family is None else (self._families[family],)
