@@ -335,29 +335,28 @@ def makeProxyServer(reactor: Any, config: Config, environ: Mapping[str, str] = o
 
 
 async def _cleanup(reactor: Any) -> list[str]:
-    lines = []
-    faults = []
+    said: list[str] = []
+    faults: list[str] = []
     for name in plugin.names(IWriterMaker):
+        if name == "none":
+            continue
         try:
             writer: IRuleWriter = plugin.find(IWriterMaker, name).make(reactor)
         except NotAvailable as error:
-            lines.append(f"{name}: {error}")
+            said.append(f"{name}: {error}")
             continue
         try:
             await writer.probe()
+            said.append(f"{name}: {'rules removed' if await writer.cleanup() else 'nothing to remove'}")
         except NotAvailable as error:
-            lines.append(f"{name}: cannot have left anything here ({error})")
-            continue
-        try:
-            found = await writer.cleanup()
-            lines.append(f"{name}: {'rules removed' if found else 'nothing to remove'}")
+            said.append(f"{name}: cannot have left anything here ({error})")
         except KproxyError as error:
             faults.append(f"{name}: {error}")
         finally:
             await writer.close()
     if faults:
-        raise KproxyError("\n".join(faults))
-    return lines
+        raise KproxyError("\n".join(faults + said))
+    return said
 
 
 def cleanup(reactor: Any) -> Deferred[list[str]]:

@@ -30,6 +30,14 @@ FIRST_RETRY = 1.0
 LONGEST_RETRY = 30.0
 #: a full comparison with the kernel may take at most this share of the time
 FULL_SHARE = 0.05
+#: Services of an update that the log names
+NAMED = 3
+
+
+def _named(update: Update) -> str:
+    """The first few Services that an update is about."""
+    names = sorted({f"{name.namespace}/{name.service}" for name in update.changed | update.removed})
+    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
 
 
 class IDesired(Protocol):
@@ -177,9 +185,9 @@ class _Core:
             self.failures = 0
             if update.changed or update.removed:
                 _log.info(
-                    "Applied {changed} changed and {removed} removed of {total} service ports in {seconds:.3f}s",
+                    "Applied {changed} changed and {removed} removed of {total} service ports in {seconds:.3f}s: {names}",
                     changed=len(update.changed), removed=len(update.removed), total=len(update.current),
-                    seconds=seconds,
+                    seconds=seconds, names=_named(update),
                 )
             else:
                 _log.debug(

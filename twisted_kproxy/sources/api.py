@@ -183,8 +183,13 @@ class ApiSource(Service):
         return {kind: outage for kind, outage in found if outage is not None}
 
     def faults(self) -> Mapping[str, str]:
-        """Kinds that are out of contact with the server."""
-        return {kind: outage.error for kind, outage in self._outages().items()}
+        """Kinds that are out of contact with the server, or whose last list is not believed yet."""
+        faults = {kind: outage.error for kind, outage in self._outages().items()}
+        for kind, reflector in self._reflectors.items():
+            alarm = reflector.alarm
+            if alarm:
+                faults[kind] = alarm
+        return faults
 
     def status(self) -> Mapping[str, Any]:
         """See :meth:`ISource.status`."""

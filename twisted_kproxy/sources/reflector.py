@@ -385,6 +385,11 @@ class Reflector:
         """What only grows: for metrics."""
         return {**self._journal.counters(), **self._guard.counters()}
 
+    @property
+    def alarm(self) -> str:
+        """Why the last list is not believed yet; ``""`` where it is."""
+        return self._guard.alarm
+
     def status(self) -> dict[str, Any]:
         """JSON-able facts for operators."""
         age = self.age()
