@@ -185,7 +185,7 @@ class _Core:
             self.failures = 0
             if update.changed or update.removed:
                 _log.info(
-                    "Applied {changed} changed and {removed} removed of {total} service ports in {seconds:.3f}s: {names}",
+                    "Applied {changed} changed, {removed} removed of {total} service ports in {seconds:.3f}s: {names}",
                     changed=len(update.changed), removed=len(update.removed), total=len(update.current),
                     seconds=seconds, names=_named(update),
                 )
