@@ -214,11 +214,13 @@ class LegacyTablesTests(IptablesCase):
 
     async def test_notUnderstood(self) -> None:
         """What is missing, misplaced or strange makes the state one that cannot be adopted; a full write heals it."""
-        jump = ["-m", "comment", "--comment", "kproxy service addresses", "-j", "KPROXY-PORTALS-HOST"]
+        comment = ["-m", "comment", "--comment", "kproxy service addresses"]
+        jump = [*comment, "-m", "mark", "!", "--mark", "0x2000/0x2000", "-j", "KPROXY-PORTALS-HOST"]
         dnat = ["-d", "10.96.5.5", "-p", "tcp", "--dport", "80", "-j", "DNAT", "--to-destination"]
         disturbances: dict[str, list[list[str]]] = {
             "jump missing": [["-t", "nat", "-D", "OUTPUT", *jump]],
             "jump twice": [["-t", "nat", "-A", "OUTPUT", *jump]],
+            "jump for the proxy too": [["-t", "nat", "-R", "OUTPUT", "1", *comment, "-j", "KPROXY-PORTALS-HOST"]],
             "node ports first": [["-t", "nat", "-D", "OUTPUT", *jump], ["-t", "nat", "-A", "OUTPUT", *jump]],
             "jump without condition": [["-I", "FORWARD", "-j", "KPROXY-REFUSE"]],
             "chain of another version": [["-t", "nat", "-N", "KPROXY-OLD"]],

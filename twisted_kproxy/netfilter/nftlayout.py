@@ -6,7 +6,8 @@ The table's rules never change; everything about services is in the elements of 
 looked at by the ``block`` chains, which answer for frontends that lead nowhere, before any address is rewritten; then
 by the ``nat`` chains. The node itself and sources in ``insiders`` are asked for in the ``inside`` maps first; those
 hold only what differs. Node ports come after every frontend with an address of its own. The ``guard`` chain refuses
-what reaches a port of the proxy without having been led there.
+what reaches a port of the proxy without having been led there. What the proxy itself sends to an endpoint carries a
+mark, and is let through as it is (:data:`~twisted_kproxy.core.rules.PROXY_MARK`).
 
 TCP is refused by a reset: an ICMP error would do as well for the client, but the kernel sends only a few of them per
 second to one host, and what comes after those would wait for its own time-out.
@@ -20,12 +21,12 @@ from typing import Any, Literal, TypeAlias
 
 from msgspec import Struct
 
-from ..core.rules import Delta, Guard, Rule, Ruleset, Target
+from ..core.rules import PROXY_MARK, Delta, Guard, Rule, Ruleset, Target
 from ..core.values import FAMILIES, Family, FrontendKey, Protocol
 from .ruleset import canonicalNetworks
 
 #: Grows with every change of the chains, sets or rules below. It is a chain's name, so that a listing shows it.
-LAYOUT = "layout-1"
+LAYOUT = "layout-2"
 
 #: What an element of a ``blocked`` map says; ``pass`` ends the search: insiders are not blocked where others are.
 Block: TypeAlias = Literal["reject", "drop", "pass"]
@@ -80,11 +81,12 @@ def _chains() -> dict[str, list[str]]:
     """Chain → its lines, hook first. Chains that are jumped to come before those that jump."""
     chains: dict[str, list[str]] = {LAYOUT: [], "refuse": ["meta l4proto tcp reject with tcp reset", "reject"]}
     block = ["type filter hook {} priority -110; policy accept;", "ct state != new accept"]
+    ours = f"meta mark & {PROXY_MARK:#x} == {PROXY_MARK:#x} accept"
     hooks: dict[str, list[str]] = {
         "block-prerouting": [block[0].format("prerouting"), block[1], 'iifname "lo" accept'],
-        "block-output": [block[0].format("output"), block[1]],
+        "block-output": [block[0].format("output"), ours, block[1]],
         "nat-prerouting": ["type nat hook prerouting priority dstnat; policy accept;"],
-        "nat-output": ["type nat hook output priority -100; policy accept;"],
+        "nat-output": ["type nat hook output priority -100; policy accept;", ours],
         "guard": ["type filter hook input priority filter; policy accept;"],
     }
     for family in FAMILIES:

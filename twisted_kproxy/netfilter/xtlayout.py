@@ -17,6 +17,9 @@ interface may have none, and a local UDP client would not take the answer.
 REJECT works in these three hooks of filter only. So a node that does not forward answers nothing to others who dial a
 refused cluster IP, where the rules of nf_tables would.
 
+What the proxy itself sends to an endpoint carries a mark (:data:`~twisted_kproxy.core.rules.PROXY_MARK`). It is not
+led to the chains of OUTPUT; nor to those that refuse in INPUT, where it arrives when the endpoint is on this node.
+
 ``KPROXY-INSIDERS`` is led to by nothing. Its rules' comments keep the pod networks for whoever reads the state back.
 """
 
@@ -52,7 +55,10 @@ CHAINS: dict[TableName, tuple[str, ...]] = {
 
 
 class Jump(Struct, frozen=True):
-    """A rule of a built-in chain that leads to one of ours. ``last``: behind everybody else's, not before."""
+    """
+    A rule of a built-in chain that leads to one of ours. ``last``: behind everybody else's, not before; ``others``:
+    not what the proxy itself sends.
+    """
 
     table: TableName
     hook: str
@@ -61,10 +67,18 @@ class Jump(Struct, frozen=True):
     last: bool = False
     destinationLocal: bool = False
     state: Literal["", "NEW", "!ESTABLISHED"] = ""
+    others: bool = False
 
     def entry(self, family: Family) -> Entry:
         """The rule itself."""
-        return Entry(family, self.comment, self.chain, destinationLocal=self.destinationLocal, state=self.state)
+        return Entry(
+            family,
+            self.comment,
+            self.chain,
+            destinationLocal=self.destinationLocal,
+            state=self.state,
+            unmarked=self.others,
+        )
 
 
 _PORTALS, _NODEPORTS = "kproxy service addresses", "kproxy node ports: after service addresses"
@@ -72,12 +86,12 @@ _PORTALS, _NODEPORTS = "kproxy service addresses", "kproxy node ports: after ser
 JUMPS: tuple[Jump, ...] = (
     Jump("nat", "PREROUTING", PORTALS_CONTAINER, _PORTALS),
     Jump("nat", "PREROUTING", NODEPORT_CONTAINER, _NODEPORTS, last=True, destinationLocal=True),
-    Jump("nat", "OUTPUT", PORTALS_HOST, _PORTALS),
-    Jump("nat", "OUTPUT", NODEPORT_HOST, _NODEPORTS, last=True, destinationLocal=True),
+    Jump("nat", "OUTPUT", PORTALS_HOST, _PORTALS, others=True),
+    Jump("nat", "OUTPUT", NODEPORT_HOST, _NODEPORTS, last=True, destinationLocal=True, others=True),
     Jump("filter", "INPUT", GUARD, "kproxy own ports", state="!ESTABLISHED"),
-    Jump("filter", "INPUT", REFUSE, "kproxy refused services", state="NEW"),
+    Jump("filter", "INPUT", REFUSE, "kproxy refused services", state="NEW", others=True),
     Jump("filter", "FORWARD", REFUSE, "kproxy refused services", state="NEW"),
-    Jump("filter", "OUTPUT", REFUSE, "kproxy refused services", state="NEW"),
+    Jump("filter", "OUTPUT", REFUSE, "kproxy refused services", state="NEW", others=True),
 )
 HOOKS: dict[TableName, tuple[str, ...]] = {
     "nat": ("PREROUTING", "OUTPUT"),
