@@ -43,7 +43,7 @@ from .interfaces import (
     NotAvailable,
 )
 from .metrics import LoopLag, Metrics
-from .netfilter.choose import chooseWriter
+from .netfilter.choose import chooseWriter, removeLeftovers
 from .netfilter.conntrack import Flows
 from .netfilter.node import primaryAddress
 from .netfilter.plane import RulePlane
@@ -60,7 +60,7 @@ from .web.site import Listener, makeSite
 from .web.status import HealthState, healthPages, metricsPages, tree
 
 #: in order of preference; others are chosen by name only
-AUTOMATIC_WRITERS = ("nftables", "python-iptables")
+AUTOMATIC_WRITERS = ("nftables", "python-iptables", "iptables")
 #: an update that is out for longer means that the daemon is stuck: the watchdog is no longer fed
 STUCK_SECONDS = 120.0
 
@@ -69,7 +69,18 @@ STUCK_SECONDS = 120.0
 class _Observer:
     """Tells health, metrics and systemd what the syncer does."""
 
-    def __init__(self, cluster: Cluster, health: HealthState, metrics: Metrics, notifier: Notifier) -> None:
+    def __init__(
+        self,
+        cluster: Cluster,
+        health: HealthState,
+        metrics: Metrics,
+        notifier: Notifier,
+        inForce: Callable[[], None] = lambda: None,
+    ) -> None:
+        """
+        :param inForce: called once, when the first update is in force.
+        """
+        self._inForce: Callable[[], None] | None = inForce
         self._cluster = cluster
         self._health = health
         self._metrics = metrics
@@ -87,6 +98,9 @@ class _Observer:
         self._metrics.applied(seconds, update.full)
         self._notifier.ready()
         self._notifier.status(f"{len(update.current)} service ports in force")
+        first, self._inForce = self._inForce, None
+        if first is not None:
+            first()
 
     def failed(self, update: Update, seconds: float) -> None:
         self._metrics.syncFailed()
@@ -125,6 +139,7 @@ class ProxyServer(MultiService):
         self.dataplane: IDataplane | None = None
         self.syncer: Syncer | None = None
         self._starting: Deferred[None] | None = None
+        self._leftovers: Deferred[Any] | None = None
         self._makePages()
 
     # --- making
@@ -216,7 +231,9 @@ class ProxyServer(MultiService):
         self.dataplane = dataplane
         if self._stopping:
             return
-        observer = _Observer(self.cluster, self.health, self.metrics, self.notifier)
+        observer = _Observer(
+            self.cluster, self.health, self.metrics, self.notifier, lambda: self._removeLeftovers(writer)
+        )
         listeners = Broadcast([self.metrics, self.balancer, dataplane])
         self.syncer = Syncer(
             self._reactor, self.cluster, listeners, observer,
@@ -245,6 +262,8 @@ class ProxyServer(MultiService):
             await self._starting
         if self.syncer is not None:
             await self.syncer.stop()
+        if self._leftovers is not None:
+            await self._leftovers
         if self.dataplane is not None:
             try:
                 await self.dataplane.stop(0 if self._cutting else seconds)
@@ -286,6 +305,14 @@ class ProxyServer(MultiService):
         self.log.warn("Our rules were changed by somebody else; they are compared and mended")
         if self.syncer is not None:
             self.syncer.resync()
+
+    def _removeLeftovers(self, active: IRuleWriter) -> None:
+        """An operator who changes the writer must not keep the rules of both."""
+        others = []
+        for name in plugin.names(IWriterMaker):
+            maker = plugin.find(IWriterMaker, name)
+            others.append((name, lambda maker=maker: maker.make(self._reactor)))
+        self._leftovers = removeLeftovers(active, others)
 
     def _nodesListed(self, source: str) -> None:
         """An API server that does not know our node: a wrong name, most of all, and then nothing is local."""

@@ -44,6 +44,7 @@ class MemoryWriter:
     """
 
     name = "memory"
+    place = "memory"
 
     def __init__(self, reactor: Any = None, inForce: Ruleset | None = None) -> None:
         self.inForce = inForce
@@ -150,6 +151,7 @@ class NoWriter:
     """
 
     name = "none"
+    place = "nowhere"
 
     def __init__(self, reactor: Any = None) -> None:
         self._inForce: Ruleset | None = None

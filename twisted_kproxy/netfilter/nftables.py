@@ -13,14 +13,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from twisted.internet.defer import Deferred
-from twisted.internet.threads import deferToThreadPool
 from twisted.logger import Logger
 from zope.interface import implementer
 
 from .. import __version__
 from ..core.rules import Delta, Rule, Ruleset, applied
 from ..core.values import FrontendKey
-from ..interfaces import IRuleWriter, NotAvailable, RulesRejected
+from ..interfaces import IRuleWriter, NotAvailable, RulesNotJudged, RulesRejected
 from .netlink import Interrupted, Refused, SocketOpener
 from .nftlayout import (
     Step,
@@ -34,6 +33,7 @@ from .nftlayout import (
 )
 from .nftsocket import ElementSocket
 from .nftwatch import TableWatch
+from .threads import Threads
 from .tool import Finished, Tool, TooSlow, find
 
 _T = TypeVar("_T")
@@ -99,6 +99,7 @@ class NftablesWriter:
             raise ValueError(f"{table!r} is no name for a table")
         self._reactor = reactor
         self._table = table
+        self.place = f"nf_tables, table inet {table}"
         self._prefix = tuple(spawnPrefix)
         self._opener = openSocket
         self._limit = limit
@@ -108,8 +109,7 @@ class NftablesWriter:
         self._known: _Known | None = None
         self._suspect = False  # somebody else has changed more than elements
         self._watch: TableWatch | None = None
-        self._threads = 0
-        self._idle: list[Deferred[None]] = []  # fire when no thread is at work
+        self._threads = Threads(reactor)
 
     # --- IRuleWriter ---
 
@@ -160,13 +160,7 @@ class NftablesWriter:
         self.watch(None)
         if self._tool is not None:
             self._tool.kill()
-        done: Deferred[None] = Deferred()
-        done.addCallback(lambda _: self._elements.close())
-        if self._threads:
-            self._idle.append(done)
-        else:
-            done.callback(None)
-        return done
+        return self._threads.idle().addCallback(lambda _: self._elements.close())
 
     # --- probe ---
 
@@ -223,7 +217,7 @@ class NftablesWriter:
         if done.code != 0:
             if "No such file or directory" in done.err:
                 return "absent"
-            raise RulesRejected(f"the table {self._table} cannot be listed: {_words(done)}")
+            raise RulesNotJudged(f"the table {self._table} cannot be listed: {_words(done)}")
         problem = structureProblem(_parsed(done.out))
         if not problem and self._suspect:
             return "somebody else has changed its chains, rules or sets"
@@ -240,7 +234,7 @@ class NftablesWriter:
                 self.log.warn("The elements could not be read by netlink: {error!r}.", error=error)
         done = await self._nft("--json", "list", "table", "inet", self._table)
         if done.code != 0:
-            raise RulesRejected(f"the table {self._table} cannot be listed: {_words(done)}")
+            raise RulesNotJudged(f"the table {self._table} cannot be listed: {_words(done)}")
         return await self._inThread(lambda: readListing(_parsed(done.out)))
 
     # --- writing ---
@@ -325,7 +319,7 @@ class NftablesWriter:
             # Whether the batch was carried out is not known.
             self._known = None
             self._elements.close()
-            raise RulesRejected(f"the rules could not be handed to the kernel: {error}") from error
+            raise RulesNotJudged(f"the rules could not be handed to the kernel: {error}") from error
 
     async def _loadText(self, step: Step, structure: bool) -> None:
         def text() -> str:
@@ -351,16 +345,7 @@ class NftablesWriter:
         self.log.warn("Rules go through the nft program from now on, which is slower: {why}.", why=why)
 
     def _inThread(self, work: Callable[..., _T], *arguments: Any) -> Deferred[_T]:
-        def ended(result: Any) -> Any:
-            self._threads -= 1
-            if not self._threads:
-                waiting, self._idle = self._idle, []
-                for it in waiting:
-                    it.callback(None)
-            return result
-
-        self._threads += 1
-        return deferToThreadPool(self._reactor, self._reactor.getThreadPool(), work, *arguments).addBoth(ended)
+        return self._threads.run(work, *arguments)
 
     async def _nft(self, *arguments: str, stdin: str = "") -> Finished:
         """Run ``nft``; its status is the caller's to judge."""
@@ -373,10 +358,10 @@ class NftablesWriter:
             done = await running
         except (TooSlow, OSError) as error:
             self._known = None
-            raise RulesRejected(f"nft {arguments[0]}: {error}") from error
+            raise RulesNotJudged(f"nft {arguments[0]}: {error}") from error
         if done.code < 0:
             self._known = None
-            raise RulesRejected(f"nft {arguments[0]} was ended by signal {-done.code}")
+            raise RulesNotJudged(f"nft {arguments[0]} was ended by signal {-done.code}")
         return done
 
 
@@ -388,9 +373,9 @@ def _parsed(listing: bytes) -> Mapping[str, Any]:
     try:
         found = json.loads(listing)
     except ValueError as error:
-        raise RulesRejected(f"nft gave a listing that is not JSON: {error}") from error
+        raise RulesNotJudged(f"nft gave a listing that is not JSON: {error}") from error
     if not isinstance(found, dict):
-        raise RulesRejected("nft gave a listing that is not a JSON object")
+        raise RulesNotJudged("nft gave a listing that is not a JSON object")
     return found
 
 

@@ -27,9 +27,9 @@ from __future__ import annotations
 
 import re
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from ipaddress import ip_network
-from typing import Literal
+from typing import Generic, Literal, TypeVar
 
 from msgspec import Struct
 
@@ -45,6 +45,8 @@ NODEPORT_HOST = "KPROXY-NODEPORT-HOST"
 INSIDERS = "KPROXY-INSIDERS"
 GUARD = "KPROXY-GUARD"
 REFUSE = "KPROXY-REFUSE"
+
+_T = TypeVar("_T")
 
 TableName = Literal["nat", "filter"]
 TABLES: tuple[TableName, ...] = ("nat", "filter")
@@ -236,13 +238,13 @@ def insidersOf(family: Family, insiders: Iterable[str]) -> tuple[str, ...]:
     return tuple(own)
 
 
-class Content(Struct, frozen=True):
-    """What the chains of one family hold: chain → bytes of each rule."""
+class Content(Struct, Generic[_T], frozen=True):
+    """What the chains of one family hold: chain → each rule, as bytes or in another form."""
 
-    nat: dict[str, list[bytes]]
-    filter: dict[str, list[bytes]]
+    nat: dict[str, list[_T]]
+    filter: dict[str, list[_T]]
 
-    def of(self, table: TableName) -> dict[str, list[bytes]]:
+    def of(self, table: TableName) -> dict[str, list[_T]]:
         return self.nat if table == "nat" else self.filter
 
 
@@ -251,18 +253,22 @@ def familiesOf(ruleset: Ruleset) -> set[Family]:
     return {key.family for key in ruleset.rules} | {guard.family for guard in ruleset.guards}
 
 
-def render(ruleset: Ruleset, family: Family) -> Content:
-    """Everything that a ruleset means for a family."""
-    content = Content({chain: [] for chain in CHAINS["nat"]}, {chain: [] for chain in CHAINS["filter"]})
+def render(ruleset: Ruleset, family: Family, form: Callable[[Entry], _T] = pack) -> Content[_T]:  # type: ignore[assignment]
+    """
+    Everything that a ruleset means for a family.
+
+    :param form: what a rule is written as.
+    """
+    content: Content[_T] = Content({chain: [] for chain in CHAINS["nat"]}, {chain: [] for chain in CHAINS["filter"]})
     own = insidersOf(family, ruleset.insiders)
     for key, rule in ruleset.rules.items():
         if key.family == family:
             for table, chain, entry in ruleEntries(key, rule, own):
-                content.of(table)[chain].append(pack(entry))
+                content.of(table)[chain].append(form(entry))
     for guard in sorted(ruleset.guards):
         if guard.family == family:
-            content.filter[GUARD].extend(pack(entry) for entry in guardEntries(guard))
-    content.nat[INSIDERS].extend(pack(entry) for entry in insiderEntries(family, ruleset.insiders))
+            content.filter[GUARD].extend(form(entry) for entry in guardEntries(guard))
+    content.nat[INSIDERS].extend(form(entry) for entry in insiderEntries(family, ruleset.insiders))
     return content
 
 
@@ -297,7 +303,7 @@ def _verdict(word: str, key: FrontendKey) -> Verdict:
 _INSIDER = re.compile(r"kproxy insider (\S+)")
 
 
-def reconstruct(family: Family, found: Content) -> Ruleset:
+def reconstruct(family: Family, found: Content[bytes]) -> Ruleset:
     """
     The ruleset that these chains were made from.
 
@@ -354,7 +360,7 @@ def _keyOf(entry: Entry) -> FrontendKey:
     return FrontendKey(entry.family, entry.protocol, entry.destination, entry.port)
 
 
-def _same(family: Family, found: Content, expected: Content) -> None:
+def _same(family: Family, found: Content[bytes], expected: Content[bytes]) -> None:
     """Of rules of different frontends the order does not matter; that within one was looked at before."""
     for table in TABLES:
         for chain in CHAINS[table]:
@@ -363,3 +369,14 @@ def _same(family: Family, found: Content, expected: Content) -> None:
     # A guard's two rules exclude each other; the networks' order is kept by their chain.
     if found.nat[INSIDERS] != expected.nat[INSIDERS]:
         raise UnknownBytes(f"{INSIDERS} is out of order")
+
+
+def joined(found: Mapping[Family, Ruleset]) -> Ruleset | None:
+    """
+    What both families say together; ``None`` where that is nothing, or where they were written at different times.
+    """
+    insiders = {it.insiders for it in found.values()}
+    if len(insiders) != 1:
+        return None
+    rules = {key: rule for it in found.values() for key, rule in it.rules.items()}
+    return Ruleset(rules, frozenset(guard for it in found.values() for guard in it.guards), insiders.pop())
