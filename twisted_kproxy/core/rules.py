@@ -24,7 +24,7 @@ from .values import Family, FrontendKey, Protocol
 PROXY_MARK = 0x2000
 
 
-class Target(Struct, frozen=True, order=True):
+class Target(Struct, frozen=True, order=True, gc=False):
     """Rewrite the destination to this address and port of the node itself."""
 
     address: str
@@ -35,7 +35,7 @@ class Target(Struct, frozen=True, order=True):
 Verdict: TypeAlias = Target | Literal["reject", "drop"]
 
 
-class Rule(Struct, frozen=True):
+class Rule(Struct, frozen=True, gc=False):
     """
     What happens to new connections to one frontend.
 
@@ -47,7 +47,7 @@ class Rule(Struct, frozen=True):
     inside: Verdict
 
 
-class Guard(Struct, frozen=True, order=True):
+class Guard(Struct, frozen=True, order=True, gc=False):
     """A port of the proxy itself: only what was led there by a rule may reach it."""
 
     family: Family

@@ -16,7 +16,7 @@ class CannotRender(KproxyError):
     """A service port that the rule plane has no rules for; the text names it."""
 
 
-class Fragment(Struct, frozen=True):
+class Fragment(Struct, frozen=True, gc=False):
     """
     What one service port adds to the ruleset.
 
