@@ -7,6 +7,7 @@ sources → cluster → syncer → broadcast → metrics, load balancer, datapla
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import signal
 import sys
@@ -44,6 +45,7 @@ from .interfaces import (
 )
 from .metrics import LoopLag, Metrics
 from .netfilter.choose import chooseWriter, removeLeftovers
+from .netfilter.claim import NamespaceClaim
 from .netfilter.conntrack import Flows
 from .netfilter.node import primaryAddress
 from .netfilter.plane import RulePlane
@@ -189,7 +191,14 @@ class ProxyServer(MultiService):
     def _makeDataplane(self, writer: IRuleWriter) -> IDataplane:
         config, reactor = self._config, self._reactor
         rules = RulePlane(
-            reactor, writer, insiders=config.clusterCIDR, flows=Flows(reactor), changedOutside=self._changedOutside
+            reactor, writer, insiders=config.clusterCIDR, flows=Flows(reactor), changedOutside=self._changedOutside,
+            claim=NamespaceClaim() if writer.place != "nowhere" else None,
+        )
+        self.metrics.watchQuarantined(
+            lambda: [
+                *self.cluster.quarantined(),
+                *({"kind": "ServicePort", "key": name, "reason": why} for name, why in rules.quarantined().items()),
+            ]
         )
         budget = Budget(reactor)
         dialer, relay = Dialer(reactor), SocketRelay(reactor)
@@ -232,7 +241,7 @@ class ProxyServer(MultiService):
         if self._stopping:
             return
         observer = _Observer(
-            self.cluster, self.health, self.metrics, self.notifier, lambda: self._removeLeftovers(writer)
+            self.cluster, self.health, self.metrics, self.notifier, lambda: self._inForce(writer)
         )
         listeners = Broadcast([self.metrics, self.balancer, dataplane])
         self.syncer = Syncer(
@@ -306,8 +315,14 @@ class ProxyServer(MultiService):
         if self.syncer is not None:
             self.syncer.resync()
 
-    def _removeLeftovers(self, active: IRuleWriter) -> None:
-        """An operator who changes the writer must not keep the rules of both."""
+    def _inForce(self, active: IRuleWriter) -> None:
+        """
+        The first update is in force. An operator who changes the writer must not keep the rules of both.
+
+        What there is by now stays, most of it for good: a full collection that went through all of it would keep the
+        reactor waiting, for some hundred milliseconds with thousands of Services. Garbage of later on is found as ever.
+        """
+        gc.freeze()
         others = []
         for name in plugin.names(IWriterMaker):
             maker = plugin.find(IWriterMaker, name)

@@ -23,8 +23,9 @@ from . import xtscript
 from .ipttools import Found, IptablesTools, Refusal, Variant
 from .iptwatch import TableSigns
 from .netlink import SocketOpener
+from .ruleset import Invalid
 from .xtbytes import UnknownBytes
-from .xtlayout import Invalid, check, familiesOf, joined, reconstruct
+from .xtlayout import check, familiesOf, joined, reconstruct
 from .xtshapes import lacking
 from .xtsteps import editsOf
 from .xttext import Saved, packedContent, textOf

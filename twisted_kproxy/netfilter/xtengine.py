@@ -21,13 +21,13 @@ from msgspec import Struct
 from ..core.rules import Delta, Ruleset, applied
 from ..core.values import FAMILIES, Family, FrontendKey
 from . import xttables
+from .ruleset import Invalid
 from .xtbytes import UnknownBytes, pack
 from .xtcheck import Checked, run
 from .xtedits import edit, guardsFirst, remove, writeAll
 from .xtlayout import (
     TABLES,
     Content,
-    Invalid,
     TableName,
     check,
     familiesOf,

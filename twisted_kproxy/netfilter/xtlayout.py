@@ -26,7 +26,6 @@ led to the chains of OUTPUT; nor to those that refuse in INPUT, where it arrives
 from __future__ import annotations
 
 import re
-import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from ipaddress import ip_network
 from typing import Generic, Literal, TypeVar
@@ -35,6 +34,7 @@ from msgspec import Struct
 
 from ..core.rules import Guard, Rule, Ruleset, Target, Verdict
 from ..core.values import Family, FrontendKey, Protocol
+from .ruleset import Invalid, checkPort, checkRule
 from .xtbytes import ACCEPT, DROP, REJECT, RESET, RETURN, Entry, UnknownBytes, pack, parse, sanitised
 
 PREFIX = "KPROXY-"
@@ -101,10 +101,6 @@ HOOKS: dict[TableName, tuple[str, ...]] = {
 }
 
 
-class Invalid(ValueError):
-    """A ruleset that cannot be written; the text names the object."""
-
-
 # --- from a ruleset --------------------------------------------------------------------------------------------------
 
 
@@ -115,7 +111,7 @@ def check(ruleset: Ruleset) -> None:
     for cidr in ruleset.insiders:
         checkInsider(cidr)
     for guard in ruleset.guards:
-        _checkPort(guard.port, f"guard {guard.protocol}")
+        checkPort(guard.port, f"guard {guard.protocol}")
     for key, rule in ruleset.rules.items():
         checkRule(key, rule)
 
@@ -128,36 +124,6 @@ def checkInsider(cidr: str) -> None:
         raise Invalid(f"the pod network {cidr!r} is no network: {error}") from None
     if canonical != cidr:
         raise Invalid(f"the pod network {cidr!r} must be written {canonical!r}")
-
-
-def checkRule(key: FrontendKey, rule: Rule) -> None:
-    """:raise Invalid: naming the frontend."""
-    if key.address:
-        _checkAddress(key.family, key.address, str(key))
-    _checkPort(key.port, str(key))
-    for verdict in (rule.outside, rule.inside):
-        if isinstance(verdict, Target):
-            _checkAddress(key.family, verdict.address, f"{key} leads to {verdict.address!r}, which")
-            _checkPort(verdict.port, f"the target of {key}")
-        elif verdict not in ("reject", "drop"):
-            raise Invalid(f"{key} has an unknown verdict {verdict!r}")
-
-
-def _checkAddress(family: Family, address: str, what: str) -> None:
-    af = socket.AF_INET if family == "IPv4" else socket.AF_INET6
-    try:
-        packed = socket.inet_pton(af, address)
-    except (OSError, ValueError):
-        raise Invalid(f"{what} is no {family} address") from None
-    if not any(packed):
-        raise Invalid(f"{what} is the unspecified address")
-    if socket.inet_ntop(af, packed) != address:
-        raise Invalid(f"{what} must be written {socket.inet_ntop(af, packed)!r}")
-
-
-def _checkPort(port: int, what: str) -> None:
-    if not 0 < port < 65536:
-        raise Invalid(f"{what}: {port} is no port")
 
 
 def ruleEntries(key: FrontendKey, rule: Rule, insiders: Iterable[str]) -> Iterator[tuple[TableName, str, Entry]]:
