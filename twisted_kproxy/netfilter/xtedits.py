@@ -3,25 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 
-from .xtbytes import UnknownBytes, normalised
+from ..core.values import Family
+from .xtbytes import UnknownBytes, normalised, parse
 from .xtlayout import CHAINS, GUARD, REFUSE, Content
+from .xtsteps import flat, mendOf
 from .xttables import LiveTable
 
 
-def writeAll(table: LiveTable, content: dict[str, list[bytes]]) -> None:
-    """Exactly this, in our chains; with the rules that lead to them."""
+def writeAll(table: LiveTable, content: dict[str, list[bytes]], mend: bool = False) -> None:
+    """
+    Exactly this, in our chains; with the rules that lead to them.
+
+    :param mend: touch no rule that is as it shall be.
+    """
     table.removeOwn(keep=CHAINS[table.name])
+    if mend:
+        it = mendOf(_present(table), content, partial(_frontend, table.family))
+        edit(table, flat(it.gone), flat(it.come))
+        content = {chain: content[chain] for chain in it.whole}
     for chain, entries in content.items():
         table.clear(chain)
         table.append(chain, entries)
     table.placeJumps()
 
 
-def guardsFirst(table: LiveTable, content: Content[bytes]) -> None:
+def _present(table: LiveTable) -> dict[str, list[bytes]]:
+    """The chains that can be understood."""
+    found: dict[str, list[bytes]] = {}
+    for chain in table.ownChains():
+        try:
+            found[chain] = [normalised(table.family, data) for data, _ in table.rules(chain)]
+        except UnknownBytes:
+            continue
+    return found
+
+
+def _frontend(family: Family, data: bytes) -> object:
+    entry = parse(family, data)
+    return entry.destination, entry.protocol, entry.port
+
+
+def guardsFirst(table: LiveTable, content: Content[bytes], mend: bool = False) -> None:
     """Before anything leads to a port of the proxy, it is guarded. Guards that shall go stay for now."""
     if not table.isChain(GUARD) or not table.isChain(REFUSE):
-        writeAll(table, content.filter)
+        writeAll(table, content.filter, mend)
         return
     present = set()
     for data, _ in table.rules(GUARD):

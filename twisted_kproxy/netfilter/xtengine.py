@@ -72,6 +72,7 @@ class Engine:
         self._tables: dict[tuple[Family, TableName], LiveTable] = {}
         self._counts: dict[tuple[Family, TableName], tuple[int, int] | None] = {}
         self._checked: Checked | None = None
+        self._mend = False  # what is there could not be understood; what is good of it is to be kept
         self._torn = False  # some tables were written and others not; steps have to wait for a whole
         self._waited = self._held = 0.0
 
@@ -135,7 +136,7 @@ class Engine:
 
     def _adopt(self) -> Ruleset | None:
         """What is in force; needs no lock, since each table is read in one piece."""
-        self.state, self._families = None, set()
+        self.state, self._families, self._mend = None, set(), False
         self._count()
         found: dict[Family, Ruleset] = {}
         try:
@@ -144,6 +145,7 @@ class Engine:
                 if it is not None:
                     found[family] = it
         except UnknownBytes:
+            self._mend = True
             return None
         self.state = joined(found)
         if self.state is not None:
@@ -198,7 +200,7 @@ class Engine:
     def _replace(self, ruleset: Ruleset, lockSeconds: float) -> tuple[str, ...]:
         check(ruleset)
         self._commit(lambda: self._replaceSteps(ruleset), lockSeconds)
-        self.state, self._torn = ruleset, False
+        self.state, self._torn, self._mend = ruleset, False, False
         return ()
 
     def _apply(self, delta: Delta, lockSeconds: float) -> tuple[str, ...]:
@@ -235,9 +237,10 @@ class Engine:
             if family in wanted:
                 content: Content[bytes] = render(ruleset, family)
                 nat, filters = self._table(family, "nat"), self._table(family, "filter")
-                steps.append(Step(filters, partial(guardsFirst, content=content)))
-                steps.append(Step(nat, partial(writeAll, content=content.nat)))
-                steps.append(Step(filters, partial(writeAll, content=content.filter)))
+                mend = self._mend
+                steps.append(Step(filters, partial(guardsFirst, content=content, mend=mend)))
+                steps.append(Step(nat, partial(writeAll, content=content.nat, mend=mend)))
+                steps.append(Step(filters, partial(writeAll, content=content.filter, mend=mend)))
             else:
                 steps += self._removeSteps(family)
         self._families = wanted

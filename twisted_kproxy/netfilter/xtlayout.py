@@ -139,14 +139,16 @@ def ruleEntries(key: FrontendKey, rule: Rule, insiders: Iterable[str]) -> Iterat
         return Entry(family, comment, target, source, key.address, key.protocol, key.port, fromNode, toNode)
 
     outside, inside = rule.outside, rule.inside
+    # Who is refused is not rewritten by what follows: an address that is refused may be the node's own, and its port a
+    # node port of another Service.
+    refused = ACCEPT if key.address else RETURN
     if inside != outside and (isinstance(inside, Target) or isinstance(outside, Target)):
-        # Insiders who are refused leave the chain before it rewrites what they sent.
         for cidr in insiders:
-            yield "nat", container, entry(inside if isinstance(inside, Target) else RETURN, cidr)
-    if isinstance(outside, Target):
-        yield "nat", container, entry(outside)
-    if isinstance(inside, Target):
-        yield "nat", host, entry(inside)
+            yield "nat", container, entry(inside if isinstance(inside, Target) else refused, cidr)
+    if isinstance(outside, Target) or key.address:
+        yield "nat", container, entry(outside if isinstance(outside, Target) else refused)
+    if isinstance(inside, Target) or key.address:
+        yield "nat", host, entry(inside if isinstance(inside, Target) else refused)
     # Packets that were rewritten no longer go to the frontend: where one side is served, one rule for the other is
     # enough. A node port is a port of the node's own addresses and of no other's.
     toNode = not key.address
@@ -244,9 +246,10 @@ def render(ruleset: Ruleset, family: Family, form: Callable[[Entry], _T] = pack)
 class _Found:
     """What the chains say of one frontend."""
 
-    __slots__ = ("container", "fromNode", "host", "refuse")
+    __slots__ = ("closed", "container", "fromNode", "host", "refuse")
 
     def __init__(self) -> None:
+        self.closed = False  # a rule for everybody was seen: none may follow
         self.container: Target | None = None
         self.host: Target | None = None
         self.fromNode: str = ""
@@ -287,8 +290,10 @@ def reconstruct(family: Family, found: Content[bytes]) -> Ruleset:
         for data in found.nat[chain]:
             entry = parse(family, data)
             it = frontends.setdefault(_keyOf(entry), _Found())
-            if it.container is not None and chain in (PORTALS_CONTAINER, NODEPORT_CONTAINER):
-                raise UnknownBytes(f"a rule of {chain} is never reached: {entry.comment}")
+            if chain in (PORTALS_CONTAINER, NODEPORT_CONTAINER):
+                if it.closed:
+                    raise UnknownBytes(f"a rule of {chain} is never reached: {entry.comment}")
+                it.closed = not entry.source
             if entry.source or not isinstance(entry.target, Target):
                 continue  # an insider's; the comparison below tells whether it is right
             if chain in (PORTALS_HOST, NODEPORT_HOST):
