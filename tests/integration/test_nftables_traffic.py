@@ -279,7 +279,7 @@ class TrafficTests(TestCase):
         thread = threading.Thread(target=hammer)
         thread.start()
         try:
-            for n in range(10):
+            for n in range(15):
                 await writer.replace(rulesets[(n + 1) % 2])
         finally:
             ending.set()

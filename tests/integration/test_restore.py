@@ -10,7 +10,7 @@ from twisted.internet import reactor
 from twisted.logger import Logger
 from twisted.trial.unittest import TestCase
 
-from tests.integration.test_iptables import FOREIGN, missing
+from tests.integration.test_iptables import FOREIGN, ChainHardships, missing
 from tests.shared.namespaces import Namespace
 from tests.shared.writers import SAMPLE, KernelWriterTests, key, many, same
 from twisted_kproxy.core.rules import Delta, applied, deltaBetween
@@ -59,8 +59,13 @@ class NftCase(RestoreCase):
     variant: Literal["legacy", "nft"] = "nft"
 
 
-class RestoreWriterSuite(RestoreCase, KernelWriterTests):
+class RestoreWriterSuite(RestoreCase, ChainHardships, KernelWriterTests):
     """What every writer does."""
+
+    @property
+    def tools(self) -> tuple[str, ...]:  # type: ignore[override]
+        stems = (f"{stem}-{self.variant}" for stem in ("iptables", "ip6tables"))
+        return tuple(f"{stem}-{end}" for stem in stems for end in ("restore", "save"))
 
     def makeFailingWriter(self) -> RestoreWriter:
         """Its programs may not touch the tables."""
@@ -76,17 +81,25 @@ class RestoreWriterSuite(RestoreCase, KernelWriterTests):
                 self.space.run(tool.replace("legacy", self.variant), *rule.split())
 
     def foreign(self) -> str:
-        return "".join(line for line in self.saved().splitlines(keepends=True) if "KPROXY-" not in line)
+        """The rules of others to the byte, with their counters."""
+        text = "".join(self.space.run(f"{stem}-{self.variant}-save", "-c") for stem in ("iptables", "ip6tables"))
+        return "".join(line for line in text.splitlines(keepends=True) if "KPROXY-" not in line and line[0] != "#")
 
 
 class LegacyWriterTests(LegacyCase, RestoreWriterSuite, TestCase):
     """By the legacy programs."""
+
+    program = "iptables-legacy"
+    stem = "iptables-legacy"
 
 
 class NftWriterTests(NftCase, RestoreWriterSuite, TestCase):
     """By those over nf_tables."""
 
     bulk = 1500
+    program = "iptables-nft"
+    stem = "iptables-nft"
+    many = 300
 
 
 class OneLayoutTests(LegacyCase, TestCase):

@@ -249,16 +249,16 @@ class RestoreWriter:
 
         :raise RulesRejected: when it was refused.
         """
-        begun = 0
+        some = False
         try:
             for family, script in scripts.items():
-                if script:
-                    begun += script.count("COMMIT\n")
-                    await self.tools.restore(family, script)
+                for block in xtscript.blocksOf(script):
+                    await self.tools.restore(family, block)
+                    some = True
         except (Refusal, RulesNotJudged) as error:
             kind = RulesNotJudged if isinstance(error, RulesNotJudged) else RulesRejected
             self._known, self._print = None, None
-            if begun > 1:  # some of it may be in force
+            if some:
                 self._torn = True
                 await self._takeBack(old, error, kind)
             raise kind(str(error)) from error
@@ -269,8 +269,8 @@ class RestoreWriter:
         try:
             scripts = self._wholeScripts(old, await self.tools.save(), mend=True)
             for family, script in scripts.items():
-                if script:
-                    await self.tools.restore(family, script)
+                for block in xtscript.blocksOf(script):
+                    await self.tools.restore(family, block)
         except (Refusal, RulesNotJudged) as worse:
             raise kind(f"{error}; and the tables written before could not be restored: {worse}") from error
         self._families = self._wanted(old)
@@ -292,10 +292,9 @@ class RestoreWriter:
         if not any(saved.own for it in tables.values() for saved in it.values()):
             return False
         for family, there in tables.items():
-            script = xtscript.removeScript(there)
-            if script:
+            for block in xtscript.blocksOf(xtscript.removeScript(there)):
                 try:
-                    await self.tools.restore(family, script)
+                    await self.tools.restore(family, block)
                 except Refusal as error:
                     raise RulesRejected(f"the rules could not be removed: {error}") from error
             for name, saved in there.items():

@@ -61,7 +61,7 @@ class Found(Struct, frozen=True):
 
 
 class Refusal(Exception):
-    """A restore program said no. Transactions before the one at fault are in force."""
+    """A restore program said no to a transaction: that one has changed nothing."""
 
 
 class IptablesTools:
@@ -197,6 +197,8 @@ class IptablesTools:
             except NotAvailable:
                 continue
             done = await self.run(path)
+            if done.code:  # that may have been an accident
+                done = await self.run(path)
             if done.code:
                 raise RulesNotJudged(f"the rules cannot be listed: {words(done)}")
             try:
@@ -213,19 +215,20 @@ class IptablesTools:
 
     # --- writing ---
 
-    async def restore(self, family: Family, script: str) -> None:
+    async def restore(self, family: Family, block: str) -> None:
         """
-        Carry out a script.
+        Carry out one transaction.
 
-        :raise Refusal: when it was refused; what its transactions before that have done stays.
-        :raise RulesNotJudged: when nobody got to judge it.
+        :raise Refusal: when it was refused.
+        :raise RulesNotJudged: when nobody got to judge it; it may be in force then.
         """
         path = self.path(family, "-restore")
         for attempt in range(6):
-            done = await self.run(path, "--noflush", "-w", str(self._lockSeconds), stdin=script)
+            done = await self.run(path, "--noflush", "-w", str(self._lockSeconds), stdin=block)
             if done.code == 0:
                 return
-            if not _AGAIN.search(done.err) or attempt == 5 or script.count("COMMIT") > 1:
+            # Once more in any case: it may have been an accident.
+            if attempt > 0 and not _AGAIN.search(done.err):
                 break
         if _LOCKED.search(done.err):
             raise RulesNotJudged(f"another program has kept the lock of xtables: {words(done)}")

@@ -72,6 +72,13 @@ class NftProgram:
             raise RulesNotJudged(f"nft {arguments[0]} was ended by signal {-done.code}")
         return done
 
+    async def _ask(self, *arguments: str) -> Finished:
+        """Run what may be run twice: once more where it fails, since that may have been an accident."""
+        done = await self.run(*arguments)
+        if done.code == 0 or "No such file or directory" in done.err:
+            return done
+        return await self.run(*arguments)
+
     async def probe(self) -> str:
         """
         Its version, where it and the kernel take our table.
@@ -121,11 +128,11 @@ class NftProgram:
         Asked for one table, nft 1.0.6 fetches all elements though it does not print them, which at a hundred thousand
         takes a second; asked for all tables it does not. But tables of others may be such as it cannot print.
         """
-        done = await self.run("--json", "--terse", "list", "ruleset", "inet")
+        done = await self._ask("--json", "--terse", "list", "ruleset", "inet")
         if done.code == 0:
             mine = [item for item in parsed(done.out).get("nftables", ()) if _tableOf(item) == self._table]
             return {"nftables": mine} if mine else None
-        done = await self.run("--json", "--terse", "list", "table", "inet", self._table)
+        done = await self._ask("--json", "--terse", "list", "table", "inet", self._table)
         if done.code != 0:
             if "No such file or directory" in done.err:
                 return None
@@ -134,7 +141,7 @@ class NftProgram:
 
     async def listing(self) -> bytes:
         """The table with its elements, as JSON."""
-        done = await self.run("--json", "list", "table", "inet", self._table)
+        done = await self._ask("--json", "list", "table", "inet", self._table)
         if done.code != 0:
             raise RulesNotJudged(f"the table {self._table} cannot be listed: {words(done)}")
         return done.out
@@ -148,10 +155,13 @@ class NftProgram:
         """
         if structure:
             script = structureText(self._table, __version__) + script
-        done = await self.run("--file", "-", stdin=script)
-        if done.code != 0:
+        for _once_more in range(2):  # a failure without a reason may have been an accident
+            done = await self.run("--file", "-", stdin=script)
+            if done.code == 0:
+                break
             if not structure and ("No such file or directory" in done.err or "File exists" in done.err):
                 raise Misfit(words(done))
+        else:
             raise RulesRejected(f"nft refused the rules: {words(done)}")
         if structure:
             await self._sign()
@@ -160,7 +170,7 @@ class NftProgram:
         """See :func:`~.nfttext.structureProblem`. Without a signature, all is written anew at the next start."""
         listing = await self._structure()
         if listing is not None:
-            await self.run("add", "chain", "inet", self._table, signature(listing))
+            await self._ask("add", "chain", "inet", self._table, signature(listing))
 
 
 def _tableOf(item: Mapping[str, Any]) -> str:

@@ -16,6 +16,11 @@ from .xttext import Saved, entryOf, textOf
 _NOTHING = Saved()
 
 
+def blocksOf(script: str) -> list[str]:
+    """A script's transactions, each a script of its own."""
+    return [f"{block}COMMIT\n" for block in script.split("COMMIT\n") if block]
+
+
 def _block(table: str, lines: Iterable[str]) -> str:
     text = "".join(f"{line}\n" for line in lines)
     return f"*{table}\n{text}COMMIT\n" if text else ""
