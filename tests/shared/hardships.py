@@ -60,7 +60,7 @@ def services(count: int, base: int = 20000) -> ServiceMap:
 
 
 class Follower:
-    """In the place of the syncer: full updates follow what the plane tells of others' changes, until one is in force."""
+    """In the place of the syncer: full updates follow others' changes, until one is in force."""
 
     def __init__(self, writer: Any) -> None:
         self.plane = RulePlane(reactor, writer, changedOutside=self.again)
