@@ -9,11 +9,11 @@ from twisted.trial.unittest import SynchronousTestCase
 from tests.shared.writers import SAMPLE, key, many, same, to
 from twisted_kproxy.core.rules import Delta, Guard, Rule, Ruleset, applied
 from twisted_kproxy.core.values import FAMILIES, Family
-from twisted_kproxy.netfilter.iptrestore import understood
 from twisted_kproxy.netfilter.xtbytes import UnknownBytes, pack
 from twisted_kproxy.netfilter.xtlayout import CHAINS, GUARD, JUMPS, render
 from twisted_kproxy.netfilter.xtscript import editScript, jumpsStand, removeScript, stuck, wholeScript
 from twisted_kproxy.netfilter.xtshapes import lacking, sctpShapes, shapes
+from twisted_kproxy.netfilter.xtstate import understood
 from twisted_kproxy.netfilter.xtsteps import editsOf
 from twisted_kproxy.netfilter.xttext import Saved, entryOf, parseSave, textOf
 

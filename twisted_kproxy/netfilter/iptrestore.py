@@ -16,7 +16,7 @@ from twisted.internet.defer import Deferred, DeferredLock
 from twisted.logger import Logger
 from zope.interface import implementer
 
-from ..core.rules import Delta, Ruleset, applied
+from ..core.rules import Delta, Ruleset
 from ..core.values import FAMILIES, Family
 from ..interfaces import IRuleWriter, KproxyError, NotAvailable, RulesNotJudged, RulesRejected
 from . import xtscript
@@ -24,11 +24,13 @@ from .ipttools import Found, IptablesTools, Refusal, Variant
 from .iptwatch import TableSigns
 from .netlink import SocketOpener
 from .ruleset import Invalid
+from .slices import inSlices
 from .xtbytes import UnknownBytes
-from .xtlayout import check, familiesOf, joined, reconstruct
+from .xtlayout import checking, familiesOf
 from .xtshapes import lacking
+from .xtstate import Tables, fingerprint, stepOf, understood
 from .xtsteps import editsOf
-from .xttext import Saved, packedContent, textOf
+from .xttext import textOf
 
 #: A step of more changed frontends than this, and than an eighth of all, is written as a whole: a deletion walks its
 #: chain, and in the variant over nf_tables that walk is a comparison of texts.
@@ -39,9 +41,6 @@ READ_BACK_SECONDS = 30.0
 #: Service ports from which on the variant over nf_tables is worth a warning.
 MANY = 1000
 PLACES: dict[Variant, str] = {"legacy": "legacy iptables", "nft": "iptables over nf_tables"}
-
-_Tables = dict[Family, dict[str, Saved]]
-
 
 @implementer(IRuleWriter)
 class RestoreWriter:
@@ -168,7 +167,7 @@ class RestoreWriter:
         self._known = found
         self._mend = found is None and bool(self._families)
         if found is not None:
-            self._print = _fingerprint(tables)
+            self._print = await self.tools.inThread(size, fingerprint, tables)
         return self._known
 
     # --- writing ---
@@ -184,8 +183,7 @@ class RestoreWriter:
         old = self._known if self._known is not None else await self._adopt()
         if old is None:
             raise RulesRejected("there is nothing in force, or nothing that can be read, that a step could apply to")
-        new = applied(old, delta)
-        changed = Delta({key: rule for key, rule in delta.rules.items() if old.rules.get(key) != rule})
+        new, changed = await inSlices(self._reactor, stepOf(old, delta))
         found = await self._checked(
             Ruleset({key: rule for key, rule in changed.rules.items() if rule}, new.guards, new.insiders)
         )
@@ -205,7 +203,7 @@ class RestoreWriter:
         """:raise RulesRejected: where it cannot be written here, naming what."""
         found = await self._usable()
         try:
-            check(ruleset)
+            await inSlices(self._reactor, checking(ruleset))
         except Invalid as error:
             raise RulesRejected(str(error)) from error
         reason, frontends = lacking(ruleset, found.missing, found.sctp)
@@ -227,7 +225,7 @@ class RestoreWriter:
         self._families = self._wanted(ruleset)
         self._wrote(ruleset)
 
-    def _wholeScripts(self, ruleset: Ruleset, tables: _Tables, mend: bool) -> dict[Family, str]:
+    def _wholeScripts(self, ruleset: Ruleset, tables: Tables, mend: bool) -> dict[Family, str]:
         scripts: dict[Family, str] = {}
         wanted = self._wanted(ruleset)
         for family in FAMILIES:
@@ -346,7 +344,7 @@ class RestoreWriter:
         if self._signs is not None:
             self._signs.remember(self._families)  # before reading: what comes after it is news
         tables = await self.tools.save()
-        print_ = _fingerprint(tables)
+        print_ = await self.tools.inThread(len(known.rules) * 200, fingerprint, tables)
         if print_ == self._print:
             return True
         try:
@@ -361,40 +359,6 @@ class RestoreWriter:
     def _lookAgain(self, seconds: float = 0.0) -> None:
         if self._watcher is not None and self._poll is None and not self._closed:
             self._poll = self._reactor.callLater(max(POLL_SECONDS, seconds), self._look)
-
-
-def understood(tables: _Tables) -> tuple[Ruleset | None, set[Family]]:
-    """
-    The ruleset in what was saved, ``None`` where there is none; and the families that have our chains.
-
-    :raise UnknownBytes: where it is none that was written here.
-    """
-    found: dict[Family, Ruleset] = {}
-    for family, there in tables.items():
-        content = packedContent(family, there)
-        if content is None:
-            continue
-        if not xtscript.jumpsStand(family, there):
-            raise UnknownBytes(f"a rule of {family} that leads to our chains is missing or misplaced")
-        found[family] = reconstruct(family, content)
-    return joined(found), set(found)
-
-
-def _fingerprint(tables: _Tables) -> object:
-    """Our rules as they stand, to be compared."""
-    return hash(
-        tuple(
-            (family, name, chain, *rules)
-            for family, there in tables.items()
-            for name, saved in there.items()
-            for chain, rules in saved.own.items()
-        )
-    ), [
-        (family, name, it.hook, it.text)
-        for family, there in tables.items()
-        for name, saved in there.items()
-        for it in saved.leads
-    ]
 
 
 def legacyWriter(reactor: Any) -> RestoreWriter:

@@ -25,6 +25,7 @@ from .nftprogram import Misfit, NftProgram, parsed
 from .nftsocket import ElementSocket
 from .nfttext import readListing, telling
 from .nftwatch import TableWatch
+from .planning import differing, updating
 from .slices import Slices, finish, inSlices
 from .threads import Threads
 
@@ -42,12 +43,9 @@ class _Known:
         self.guards = ruleset.guards
         self.insiders = ruleset.insiders
 
-    def advance(self, delta: Delta) -> None:
-        for key, rule in delta.rules.items():
-            if rule is None:
-                self.rules.pop(key, None)
-            else:
-                self.rules[key] = rule
+    def advancing(self, delta: Delta) -> Slices[None]:
+        """The delta is in force."""
+        yield from updating(self.rules, delta.rules)
         self.guards = (self.guards - delta.guardsRemoved) | delta.guardsAdded
         if delta.insiders is not None:
             self.insiders = delta.insiders
@@ -146,6 +144,8 @@ class NftablesWriter:
         return self._threads.idle().addCallback(lambda _: self._elements.close())
 
     async def _probe(self) -> str:
+        # A thread that begins when the machine is busy would keep the reactor waiting until it gets a processor.
+        await self._threads.run(lambda: None)
         version = await self._nft.probe()
         how = "elements by netlink" if self.usesNetlink else "elements by nft"
         if self.usesNetlink:
@@ -206,7 +206,7 @@ class NftablesWriter:
             known = self._known
         step = await self._sliced(len(delta.rules), stepping(known.rules, known.guards, delta))
         if not step and step.insiders is None:
-            known.advance(delta)
+            await self._sliced(len(delta.rules), known.advancing(delta))
             return
         try:
             await self._send(step)
@@ -214,7 +214,7 @@ class NftablesWriter:
             self.log.warn("The rules in force are not those that we wrote ({why}): writing all.", why=misfit)
             await self._replace(applied(known.ruleset(), delta))
             return
-        known.advance(delta)
+        await self._sliced(len(delta.rules), known.advancing(delta))
 
     async def _replace(self, ruleset: Ruleset) -> None:
         problem = await self._nft.problem()
@@ -269,7 +269,7 @@ class NftablesWriter:
         except (OSError, Unreadable) as error:
             self._distrust(repr(error))
             return
-        if dict(found.rules) != dict(ruleset.rules) or found.guards != ruleset.guards:
+        if await inSlices(self._reactor, differing(ruleset, found)):
             self._distrust("what nft has written reads otherwise")
 
     async def _send(self, step: Step) -> None:

@@ -15,7 +15,7 @@ from ..core.rules import Delta, Guard, Rule, Ruleset, Target
 from ..core.values import FrontendKey, ServiceMap, ServicePort, ServicePortName
 from ..interfaces import IRulePlane, IRuleWriter, RulesNotJudged, RulesRejected
 from .isolate import Isolation, Unit
-from .planning import Claim, FlowRemover, differing, joining
+from .planning import Claim, FlowRemover, differing, joining, updating
 from .ruleset import CannotRender, Fragment, Fragments, canonicalNetworks
 from .slices import Slices, inSlices
 
@@ -257,45 +257,50 @@ class RulePlane:
                 fragments.update((name, it) for name, it in new.items() if it is not None)
                 await self._isolate(error, delta, fragments, current)
                 return delta
-        for key, rule in delta.rules.items():
-            if rule is None:
-                del self._rules[key]
-            else:
-                self._rules[key] = rule
-        for name, fragment in new.items():
-            if fragment is None:
-                self._good.pop(name, None)
-            else:
-                self._good[name] = fragment
-        self._guards = guards
+        await inSlices(self._reactor, updating(self._rules, delta.rules))
+        await inSlices(self._reactor, updating(self._good, new))
+        await inSlices(self._reactor, updating(self._guards, guards))
         return delta or None
 
     def _stepping(
         self, changed: Collection[ServicePortName], current: ServiceMap
-    ) -> Slices[tuple[Delta, dict[ServicePortName, Fragment | None], Counter[Guard]]]:
+    ) -> Slices[tuple[Delta, dict[ServicePortName, Fragment | None], dict[Guard, int | None]]]:
+        """What is to be written; the fragments, and how often each guard is needed, once it is; ``None``: not."""
         gone: set[FrontendKey] = set()
         come: dict[FrontendKey, Rule] = {}
-        guardsGone: Counter[Guard] = Counter()
-        guardsCome: Counter[Guard] = Counter()
+        guards: Counter[Guard] = Counter()
         new: dict[ServicePortName, Fragment | None] = {}
         for name in changed:
-            before = self._good.get(name)
-            if before is not None:
-                gone.update(key for key, _rule in before.rules)
-                guardsGone.update(before.guards)
-            after = new[name] = self._fragment(name, current.get(name))
-            if after is not None:
-                come.update(after.rules)
-                guardsCome.update(after.guards)
+            old, fragment = self._good.get(name), self._fragment(name, current.get(name))
+            if old is not None:
+                gone.update(key for key, _rule in old.rules)
+                guards.subtract(old.guards)
+            if fragment is not None:
+                come.update(fragment.rules)
+                guards.update(fragment.guards)
+            new[name] = fragment
             yield
-        rules: dict[FrontendKey, Rule | None] = {key: None for key in gone if key not in come and key in self._rules}
-        rules.update((key, rule) for key, rule in come.items() if self._rules.get(key) != rule)
-        guards = self._guards.copy()
-        guards.subtract(guardsGone)
-        guards.update(guardsCome)
-        guards = +guards
-        added, removed = guards.keys() - self._guards.keys(), self._guards.keys() - guards.keys()
-        return Delta(rules, frozenset(added), frozenset(removed)), new, guards
+        rules: dict[FrontendKey, Rule | None] = {}
+        for key in gone:
+            if key not in come and key in self._rules:
+                rules[key] = None
+            yield
+        for key, rule in come.items():
+            if self._rules.get(key) != rule:
+                rules[key] = rule
+            yield
+        added: set[Guard] = set()
+        removed: set[Guard] = set()
+        counts: dict[Guard, int | None] = {}
+        for guard, more in guards.items():
+            before, after = self._guards[guard], self._guards[guard] + more
+            counts[guard] = after if after > 0 else None
+            if after > 0 >= before:
+                added.add(guard)
+            elif before > 0 >= after:
+                removed.add(guard)
+            yield
+        return Delta(rules, frozenset(added), frozenset(removed)), new, counts
 
     # --- quarantine ---
 

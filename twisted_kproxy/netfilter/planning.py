@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping
-from typing import Protocol
+from collections.abc import Collection, Mapping, MutableMapping
+from typing import Protocol, TypeVar
 
 from twisted.internet.defer import Deferred
 
@@ -12,6 +12,9 @@ from ..core.rules import Delta, Guard, Rule, Ruleset, Target
 from ..core.values import FrontendKey, ServicePortName
 from .ruleset import Fragment
 from .slices import Slices
+
+_K = TypeVar("_K")
+_V = TypeVar("_V")
 
 
 class Claim(Protocol):
@@ -69,3 +72,13 @@ def differing(found: Ruleset, wanted: Ruleset) -> Slices[Delta]:
         yield
     insiders = wanted.insiders if found.insiders != wanted.insiders else None
     return Delta(rules, wanted.guards - found.guards, found.guards - wanted.guards, insiders)
+
+
+def updating(known: MutableMapping[_K, _V], step: Mapping[_K, _V | None]) -> Slices[None]:
+    """Take over what has changed; ``None`` for what is gone."""
+    for key, value in step.items():
+        if value is None:
+            known.pop(key, None)
+        else:
+            known[key] = value
+        yield

@@ -35,6 +35,7 @@ from msgspec import Struct
 from ..core.rules import Guard, Rule, Ruleset, Target, Verdict
 from ..core.values import Family, FrontendKey, Protocol
 from .ruleset import Invalid, checkPort, checkRule
+from .slices import Slices, finish
 from .xtbytes import ACCEPT, DROP, REJECT, RESET, RETURN, Entry, UnknownBytes, pack, parse, sanitised
 
 PREFIX = "KPROXY-"
@@ -105,7 +106,14 @@ HOOKS: dict[TableName, tuple[str, ...]] = {
 
 
 def check(ruleset: Ruleset) -> None:
+    """:func:`checking` at once."""
+    finish(checking(ruleset))
+
+
+def checking(ruleset: Ruleset) -> Slices[None]:
     """
+    Judge a ruleset, in slices.
+
     :raise Invalid: naming what is wrong. What passes can be packed, and the kernel has no reason to refuse it.
     """
     for cidr in ruleset.insiders:
@@ -114,6 +122,7 @@ def check(ruleset: Ruleset) -> None:
         checkPort(guard.port, f"guard {guard.protocol}")
     for key, rule in ruleset.rules.items():
         checkRule(key, rule)
+        yield
 
 
 def checkInsider(cidr: str) -> None:
