@@ -27,8 +27,7 @@ from .configvalues import (
 from .interfaces import KproxyError
 
 _NOT_BUILT = dict.fromkeys(("nftables", "iptables"), "is not built yet; use userspace")
-_NO_WRITER = {"iptables": "is not built yet; use python-iptables or auto"}
-WRITERS = ("auto", "nftables", "python-iptables", "none")
+WRITERS = ("auto", "nftables", "python-iptables", "iptables", "iptables-legacy", "iptables-nft", "none")
 POLICIES = ("round-robin", "random", "least-connections")
 SOURCE_TYPES = ("api", "files")
 
@@ -153,7 +152,7 @@ def schema(writers: Iterable[str] = (), policies: Iterable[str] = ()) -> dict[st
             Key("log-format", "logFormat", oneOf(("text", "json"))),
             Key("log-level", "logLevel", oneOf(("debug", "info", "warn", "error"))),
         ),
-        "rules": (Key("writer", "writer", oneOf(writers, _NO_WRITER)),),
+        "rules": (Key("writer", "writer", oneOf(writers)),),
         "userspace": (
             Key("connect-timeouts", "connectTimeouts", DURATIONS),
             Key("udp-idle-timeout", "udpIdleTimeout", POSITIVE_DURATION),

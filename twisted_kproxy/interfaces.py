@@ -11,7 +11,7 @@ goes.
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from twisted.application.service import IService
@@ -36,7 +36,22 @@ class NotAvailable(KproxyError):
 
 
 class RulesRejected(KproxyError):
-    """The kernel or the rule tool refused; nothing has changed."""
+    """
+    The kernel or the rule tool refused; nothing has changed.
+
+    :ivar frontends: those that were refused, where that is known.
+    """
+
+    def __init__(self, text: str, frontends: Iterable[FrontendKey] = ()) -> None:
+        super().__init__(text)
+        self.frontends = frozenset(frontends)
+
+
+class RulesNotJudged(RulesRejected):
+    """
+    Nobody got to judge the rules: a tool did not run or took too long, a lock was not given. The rules may be good.
+    What is in force has to be read before the next step.
+    """
 
 
 class NoEndpoint(KproxyError):
@@ -283,6 +298,10 @@ class IRuleWriter(Interface):
     """
 
     name: str = Attribute("the name under which it is chosen")
+    place: str = Attribute(
+        "where its rules are, in a few words; '' while that is not known (before probe()). Two writers that say the "
+        "same write the same rules, in different ways; 'nowhere' for one that writes none"
+    )
 
     def probe() -> Deferred[str]:
         """

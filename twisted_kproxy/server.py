@@ -7,6 +7,7 @@ sources → cluster → syncer → broadcast → metrics, load balancer, datapla
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import signal
 import sys
@@ -44,7 +45,8 @@ from .interfaces import (
     NotAvailable,
 )
 from .metrics import LoopLag, Metrics
-from .netfilter.choose import chooseWriter
+from .netfilter.choose import chooseWriter, removeLeftovers
+from .netfilter.claim import NamespaceClaim
 from .netfilter.conntrack import Flows
 from .netfilter.node import primaryAddress
 from .netfilter.plane import RulePlane
@@ -62,7 +64,7 @@ from .web.site import Listener, makeSite
 from .web.status import HealthState, healthPages, metricsPages, tree
 
 #: in order of preference; others are chosen by name only
-AUTOMATIC_WRITERS = ("nftables", "python-iptables")
+AUTOMATIC_WRITERS = ("nftables", "python-iptables", "iptables")
 #: an update that is out for longer means that the daemon is stuck: the watchdog is no longer fed
 STUCK_SECONDS = 120.0
 #: of the file descriptors for connections, what UDP flows may take
@@ -73,7 +75,18 @@ UDP_SHARE = 0.5
 class _Observer:
     """Tells health, metrics and systemd what the syncer does."""
 
-    def __init__(self, cluster: Cluster, health: HealthState, metrics: Metrics, notifier: Notifier) -> None:
+    def __init__(
+        self,
+        cluster: Cluster,
+        health: HealthState,
+        metrics: Metrics,
+        notifier: Notifier,
+        inForce: Callable[[], None] = lambda: None,
+    ) -> None:
+        """
+        :param inForce: called once, when the first update is in force.
+        """
+        self._inForce: Callable[[], None] | None = inForce
         self._cluster = cluster
         self._health = health
         self._metrics = metrics
@@ -91,6 +104,9 @@ class _Observer:
         self._metrics.applied(seconds, update.full)
         self._notifier.ready()
         self._notifier.status(f"{len(update.current)} service ports in force")
+        first, self._inForce = self._inForce, None
+        if first is not None:
+            first()
 
     def failed(self, update: Update, seconds: float) -> None:
         self._metrics.syncFailed()
@@ -130,6 +146,7 @@ class ProxyServer(MultiService):
         self.dataplane: IDataplane | None = None
         self.syncer: Syncer | None = None
         self._starting: Deferred[None] | None = None
+        self._leftovers: Deferred[Any] | None = None
         self._makePages()
 
     # --- making
@@ -185,7 +202,14 @@ class ProxyServer(MultiService):
     def _makeDataplane(self, writer: IRuleWriter) -> IDataplane:
         config, reactor = self._config, self._reactor
         rules = RulePlane(
-            reactor, writer, insiders=config.clusterCIDR, flows=Flows(reactor), changedOutside=self._changedOutside
+            reactor, writer, insiders=config.clusterCIDR, flows=Flows(reactor), changedOutside=self._changedOutside,
+            claim=NamespaceClaim() if writer.place != "nowhere" else None,
+        )
+        self.metrics.watchQuarantined(
+            lambda: [
+                *self.cluster.quarantined(),
+                *({"kind": "ServicePort", "key": name, "reason": why} for name, why in rules.quarantined().items()),
+            ]
         )
         raiseLimit()
         budget = Budget(reactor)
@@ -229,7 +253,9 @@ class ProxyServer(MultiService):
         self.dataplane = dataplane
         if self._stopping:
             return
-        observer = _Observer(self.cluster, self.health, self.metrics, self.notifier)
+        observer = _Observer(
+            self.cluster, self.health, self.metrics, self.notifier, lambda: self._inForce(writer)
+        )
         listeners = Broadcast([self.metrics, self.balancer, dataplane])
         self.syncer = Syncer(
             self._reactor, self.cluster, listeners, observer,
@@ -260,6 +286,8 @@ class ProxyServer(MultiService):
             await self._starting
         if self.syncer is not None:
             await self.syncer.stop()
+        if self._leftovers is not None:
+            await self._leftovers
         if self.dataplane is not None:
             try:
                 await self.dataplane.stop(0 if self._cutting else seconds)
@@ -309,6 +337,20 @@ class ProxyServer(MultiService):
     def _changedOutside(self) -> None:
         if self.syncer is not None:
             self.syncer.resync()
+
+    def _inForce(self, active: IRuleWriter) -> None:
+        """
+        The first update is in force. An operator who changes the writer must not keep the rules of both.
+
+        What there is by now stays, most of it for good: a full collection that went through all of it would keep the
+        reactor waiting, for some hundred milliseconds with thousands of Services. Garbage of later on is found as ever.
+        """
+        gc.freeze()
+        others = []
+        for name in plugin.names(IWriterMaker):
+            maker = plugin.find(IWriterMaker, name)
+            others.append((name, lambda maker=maker: maker.make(self._reactor)))
+        self._leftovers = removeLeftovers(active, others)
 
     def _nodesListed(self, source: str) -> None:
         """An API server that does not know our node: a wrong name, most of all, and then nothing is local."""

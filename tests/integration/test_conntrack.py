@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 
 from twisted.internet import reactor
 from twisted.trial.unittest import SkipTest, TestCase
 
 from tests.fakes.network import SmallRig
 from tests.shared.echo import EchoServers
-from tests.shared.namespaces import canMakeNamespaces
+from tests.shared.flows import plant
+from tests.shared.namespaces import Namespace, canMakeNamespaces
 from tests.shared.writers import key, same
 from twisted_kproxy.core.rules import Rule, Ruleset, Target
 from twisted_kproxy.core.values import FAMILIES, Family, FrontendKey
@@ -148,6 +150,71 @@ class FlowsTests(TestCase):
         """Frontends of other protocols are passed over."""
         self.assertEqual(await self.flows.forget({key(CLUSTER["IPv4"], 53, "TCP"): frozenset()}), 0)
         self.assertEqual(await self.flows.forget({}), 0)
+
+
+class ManyFlowsTests(TestCase):
+    """Flows that were planted: the kernel would not know them from real ones."""
+
+    timeout = 120
+
+    def setUp(self) -> None:
+        if not canMakeNamespaces():
+            raise SkipTest("this needs root and iproute2")
+        self.space = Namespace("flows")
+        self.addCleanup(self.space.delete)
+        # Connections are tracked where something asks for it.
+        chain = "chain c { type filter hook output priority 0; ct state new accept; }"
+        self.space.run("nft", "-f", "-", stdin=f"table inet x {{ {chain}; }}")
+        self.flows = Flows(reactor, openSocket=self.space.socket)
+
+    def plant(self, count: int, dialled: Callable[[int], str], answering: str, net: str = "10.1") -> None:
+        flows = (
+            (f"{net}.{n // 250 % 250}.{n % 250 + 1}", 1024 + n // 62500, dialled(n), 53, answering, 40000)
+            for n in range(count)
+        )
+        self.assertEqual(plant(self.space.socket, flows), count)
+
+    def count(self, *filters: str) -> int:
+        return len(self.space.run("conntrack", "-L", "-p", "udp", *filters).splitlines())
+
+    async def test_amongHundredThousand(self) -> None:
+        """
+        Of a hundred thousand flows, two hundred to one frontend are found and deleted in less time than the conntrack
+        program takes; and so are two hundred to as many frontends.
+        """
+        self.plant(100_000, lambda n: f"10.97.{n % 4}.{n // 4 % 250 + 1}", "192.0.2.2")
+        begun = time.monotonic()
+        self.space.run("conntrack", "-D", "-p", "udp", "--orig-dst", "10.96.0.10", check=False)
+        theirs = time.monotonic() - begun
+        where = key("10.96.0.10", 53, "UDP")
+        for keys in ([where], [key(f"10.96.1.{n + 1}", 53, "UDP") for n in range(200)]):
+            self.plant(200, lambda n, keys=keys: keys[n % len(keys)].address, "192.0.2.3", "10.2")  # type: ignore[misc]
+            begun = time.monotonic()
+            self.assertEqual(await self.flows.forget({it: frozenset() for it in keys}), 200)
+            if len(keys) == 1:
+                self.assertLess(time.monotonic() - begun, theirs)
+        self.assertEqual(int(self.space.run("conntrack", "-C")), 100_000)
+
+    async def test_addressesOfSix(self) -> None:
+        """
+        Of two IPv6 frontends on one port, only the flows of the one that is stale go. (A kernel that compares IPv6
+        addresses the wrong way round in its filter would give the others, if it were asked by address.)
+        """
+        addresses = ["fd00:10:96::10", "fd00:10:96::11"]
+        flows = [(f"fd00:1::{n + 1:x}", 5000 + n, addresses[n % 2], 53, "2001:db8::2", 40000) for n in range(40)]
+        self.assertEqual(plant(self.space.socket, flows), 40)
+        self.assertEqual(await self.flows.forget({key(addresses[0], 53, "UDP"): frozenset()}), 20)
+        self.assertEqual(self.count("-f", "ipv6", "-d", addresses[0]), 0)
+        self.assertEqual(self.count("-f", "ipv6", "-d", addresses[1]), 20)
+
+    async def test_ledRight(self) -> None:
+        """Flows that are led where the frontend leads now stay, others go."""
+        for n, answering in enumerate(("192.0.2.2", "192.0.2.3")):
+            self.plant(50, lambda n: "10.96.0.10", answering, f"10.{n + 1}")
+        stale = {key("10.96.0.10", 53, "UDP"): frozenset({Target("192.0.2.2", 40000)})}
+        self.assertEqual(await self.flows.forget(stale), 50)
+        self.assertEqual(self.count("-r", "192.0.2.2"), 50)
+        self.assertEqual(self.count("-r", "192.0.2.3"), 0)
 
 
 class FlowsByToolTests(FlowsTests):

@@ -18,12 +18,16 @@ from twisted.internet import reactor
 from twisted.internet.task import deferLater
 from twisted.trial.unittest import TestCase
 
+from tests.shared.hardships import Hardships, services
 from tests.shared.namespaces import Namespace, canMakeNamespaces
 from tests.shared.writers import NODE4, SAMPLE, KernelWriterTests, key, many, same, to
+from twisted_kproxy.core.changes import Update
 from twisted_kproxy.core.rules import Delta, Guard, Rule, Ruleset, Target, applied, deltaBetween
+from twisted_kproxy.core.values import Frontend, ServiceMap, ServicePort, ServicePortName
 from twisted_kproxy.interfaces import NotAvailable, RulesRejected
 from twisted_kproxy.netfilter import iptables
 from twisted_kproxy.netfilter.iptables import IptablesWriter
+from twisted_kproxy.netfilter.plane import RulePlane
 
 SAVES = ("iptables-legacy-save", "ip6tables-legacy-save")
 
@@ -67,7 +71,7 @@ FOREIGN = {
         "-t nat -I PREROUTING -m addrtype --dst-type LOCAL -j CNI-HOSTPORT-DNAT",
         "-t nat -A POSTROUTING -s 172.17.0.0/16 ! -o docker0 -j MASQUERADE",
         "-A INPUT -p tcp -m tcp --dport 22 -j ACCEPT",
-        "-A FORWARD -m conntrack --ctstate INVALID -j DROP",
+        "-c 7 420 -A FORWARD -m conntrack --ctstate INVALID -j DROP",
         "-t mangle -A PREROUTING -p tcp -j MARK --set-xmark 0x1/0x1",
     ],
     "ip6tables-legacy": [
@@ -105,11 +109,78 @@ class IptablesCase(TestCase):
                 self.space.run(tool, *rule.split())
 
     def foreign(self) -> str:
-        return "".join(line for line in self.saved().splitlines(keepends=True) if "KPROXY-" not in line)
+        """The rules of others to the byte, with their counters."""
+        text = "".join(self.space.run(tool, "-c") for tool in SAVES)
+        return "".join(line for line in text.splitlines(keepends=True) if "KPROXY-" not in line and line[0] != "#")
 
 
-class IptablesWriterTests(IptablesCase, KernelWriterTests):
+class ChainHardships(Hardships):
+    """What others do to chains of iptables."""
+
+    stem = "iptables-legacy"
+
+    def listed(self) -> list[str]:
+        tools = (self.stem, self.stem.replace("ip", "ip6", 1))
+        tables = [(tool, table) for tool in tools for table in ("nat", "filter")]
+        texts = [self.do([tool, "-t", table, "-S"]) for tool, table in tables]
+        ours = ["".join(line for line in text.splitlines(True) if "KPROXY-" in line) for text in texts]
+        return [text for text in ours if text]
+
+    def versions(self) -> list[dict[int, int]]:
+        return [it for it in super().versions() if it]  # filter has no rules that lead somewhere
+
+    def flushes(self) -> list[tuple[list[str], str]]:
+        nat = [self.stem, "-t", "nat"]
+        return [
+            ([*nat, "-F"], ""),
+            ([*nat, "-F", "KPROXY-PORTALS-HOST"], ""),
+            ([*nat, "-F", "OUTPUT"], ""),
+            (["sh", "-c", f"{self.stem} -D INPUT 1 && {self.stem} -F KPROXY-GUARD && {self.stem} -X KPROXY-GUARD"], ""),
+            self.spot("10.97.0.7"),
+        ]
+
+    def spot(self, address: str) -> tuple[list[str], str]:
+        number = int(address.rpartition(".")[2])
+        return [self.stem, "-t", "nat", "-D", "KPROXY-PORTALS-HOST", str(number)], ""
+
+    def addForeign(self, n: int) -> list[str]:
+        if n < 0:
+            return [self.stem, "-t", "nat", "-N", "BESIDE"]
+        rule = ["-s", f"10.77.{n // 250}.{n % 250}", "-j", "RETURN"]
+        return [self.stem, "-w", "-t", "nat", "-A", "BESIDE", *rule]
+
+    async def test_kernelRefusesTheSecondTable(self) -> None:
+        """
+        The kernel takes one table and refuses the next one (a rule of somebody else leads to ours from a hook where
+        nothing may be rewritten): what was written first is taken back, and it is said why.
+        """
+        old = Ruleset({key("10.96.0.1", 80): same("reject")}, frozenset({Guard("IPv4", "TCP", 7)}), ("10.244.0.0/16",))
+        writer = await self.writerWith(old)  # type: ignore[attr-defined]
+        before = self.listed()
+        self.do([self.stem, "-t", "nat", "-A", "POSTROUTING", "-j", "KPROXY-PORTALS-HOST"])
+        later = self.makeWriter()  # type: ignore[attr-defined]
+        new = Ruleset({key("10.96.0.1", 80): same(to(40001))}, frozenset({Guard("IPv4", "TCP", 40001)}), old.insiders)
+        for call in (writer.replace(new), writer.apply(deltaBetween(old, new)), writer.apply(deltaBetween(old, new))):
+            await self.assertRejected(call)  # type: ignore[attr-defined]
+        self.do([self.stem, "-t", "nat", "-D", "POSTROUTING", "-j", "KPROXY-PORTALS-HOST"])
+        self.assertEqual([sorted(it.splitlines()) for it in self.listed()], [sorted(it.splitlines()) for it in before])  # type: ignore[attr-defined]
+        self.assertEqual(await later.adopt(), old)  # type: ignore[attr-defined]
+        await writer.adopt()
+        await writer.replace(new)
+        self.assertEqual(await later.adopt(), new)  # type: ignore[attr-defined]
+
+    async def isInForce(self, current: Any) -> bool:
+        """Others' commands may come between the reading of two tables."""
+        try:
+            return await super().isInForce(current)
+        except RulesRejected:
+            return False
+
+
+class IptablesWriterTests(IptablesCase, ChainHardships, KernelWriterTests):
     """What every writer does."""
+
+    program = "python-iptables"
 
     def makeFailingWriter(self) -> IptablesWriter:
         """Its worker may not touch the tables."""
@@ -214,11 +285,13 @@ class LegacyTablesTests(IptablesCase):
 
     async def test_notUnderstood(self) -> None:
         """What is missing, misplaced or strange makes the state one that cannot be adopted; a full write heals it."""
-        jump = ["-m", "comment", "--comment", "kproxy service addresses", "-j", "KPROXY-PORTALS-HOST"]
+        comment = ["-m", "comment", "--comment", "kproxy service addresses"]
+        jump = [*comment, "-m", "mark", "!", "--mark", "0x2000/0x2000", "-j", "KPROXY-PORTALS-HOST"]
         dnat = ["-d", "10.96.5.5", "-p", "tcp", "--dport", "80", "-j", "DNAT", "--to-destination"]
         disturbances: dict[str, list[list[str]]] = {
             "jump missing": [["-t", "nat", "-D", "OUTPUT", *jump]],
             "jump twice": [["-t", "nat", "-A", "OUTPUT", *jump]],
+            "jump for the proxy too": [["-t", "nat", "-R", "OUTPUT", "1", *comment, "-j", "KPROXY-PORTALS-HOST"]],
             "node ports first": [["-t", "nat", "-D", "OUTPUT", *jump], ["-t", "nat", "-A", "OUTPUT", *jump]],
             "jump without condition": [["-I", "FORWARD", "-j", "KPROXY-REFUSE"]],
             "chain of another version": [["-t", "nat", "-N", "KPROXY-OLD"]],
@@ -248,6 +321,50 @@ class LegacyTablesTests(IptablesCase):
         error = await self.assertFailure(writer.apply(Delta({key("10.96.0.10", 80): None})), RulesRejected)
         self.assertIn("KPROXY-PORTALS-HOST", str(error))
         self.assertEqual(self.saved(), before)
+
+    async def test_withoutSctp(self) -> None:
+        """On a machine without xt_sctp, frontends of SCTP are in quarantine, and everything else is in force."""
+        folder = self.mktemp()
+        there = iptables.extensionFolder()
+        assert there is not None
+        shutil.copytree(there, folder, symlinks=True)
+        for name in ("libxt_sctp.so", "libip6t_sctp.so", "libipt_sctp.so"):
+            if os.path.lexists(os.path.join(folder, name)):
+                os.unlink(os.path.join(folder, name))
+        self.patch(os, "environ", {**os.environ, "XTABLES_LIBDIR": os.path.abspath(folder)})
+        writer = self.makeWriter()
+        self.assertIn("no SCTP", await writer.probe())
+        good = services(20)
+        name = ServicePortName("default", "sigtran", "", "SCTP", "IPv4")
+        sctp = ServicePort(name, "u", (Frontend("ClusterIP", "10.96.0.99", 38412),))
+        plane = RulePlane(reactor, writer)
+        await plane.start()
+        everything = ServiceMap({**good, name: sctp})
+        await plane.onUpdate(Update(ServiceMap(), everything))
+        [(which, why)] = plane.quarantined().items()
+        self.assertEqual(which, str(name))
+        self.assertIn("10.96.0.99:38412/SCTP", why)
+        found = await self.makeWriter().adopt()
+        assert found is not None
+        self.assertEqual(len(found.rules), 20)
+        # It costs no step of the others either.
+        more = ServiceMap({**everything, **services(21)})
+        await plane.onUpdate(Update(everything, more))
+        await plane.onUpdate(Update(more, more, True))
+        self.assertEqual(len((await self.makeWriter().adopt()).rules), 21)  # type: ignore[union-attr]
+        self.assertEqual(list(plane.quarantined()), [str(name)])
+
+    async def test_hangs(self) -> None:
+        """A worker that does not answer is ended, and the next call is served by another one."""
+        writer = self.makeWriter()
+        await writer.replace(SAMPLE)
+        self.patch(iptables, "CALL_SECONDS", 0.5)
+        self.patch(iptables, "SECONDS_PER_RULE", 0.0)
+        os.kill(self.pid(writer), signal.SIGSTOP)
+        error = await self.assertFailure(writer.replace(Ruleset()), RulesRejected)
+        self.assertIn("did not answer within", str(error))
+        self.patch(iptables, "CALL_SECONDS", 30.0)
+        self.assertEqual(await writer.adopt(), SAMPLE)
 
     async def test_badRuleset(self) -> None:
         """What cannot be written is refused by name before anything is touched."""

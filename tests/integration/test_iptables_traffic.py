@@ -12,12 +12,14 @@ from tests.integration.test_iptables import missing
 from tests.shared.writers import key, same
 from twisted_kproxy.core.rules import Delta, Rule, Ruleset
 from twisted_kproxy.netfilter.iptables import IptablesWriter
+from twisted_kproxy.netfilter.iptrestore import RestoreWriter
 
 
 class IptablesTrafficTests(traffic.TrafficTests):
     """One node with rules, a pod on it, a host outside."""
 
     skip = missing()
+    variant: Any = "legacy"
 
     def setUp(self) -> None:
         super().setUp()
@@ -59,7 +61,7 @@ class IptablesTrafficTests(traffic.TrafficTests):
 
     async def test_closedFirewall(self) -> None:
         """A node whose firewall lets nothing in but what is established serves services all the same."""
-        for tool in ("iptables-legacy", "ip6tables-legacy"):
+        for tool in (f"iptables-{self.variant}", f"ip6tables-{self.variant}"):
             established = ["-m", "conntrack", "--ctstate", "ESTABLISHED,RELATED", "-j", "ACCEPT"]
             self.rig.run("n0", [tool, "-A", "INPUT", *established])
             self.rig.run("n0", [tool, "-A", "INPUT", "-i", "lo", "-j", "ACCEPT"])
@@ -104,3 +106,18 @@ class IptablesTrafficTests(traffic.TrafficTests):
         await self.writer.replace(Ruleset(rules, self.ruleset().guards))
         for client in traffic.CLIENTS:
             self.assertIn("cluster", self.ask(client, "IPv4", "TCP", self.address("n0", "IPv4"), 30080))
+
+
+class RestoreLegacyTrafficTests(IptablesTrafficTests):
+    """The same chains, written by iptables-legacy-restore."""
+
+    def makeWriter(self, **options: Any) -> Any:
+        writer = RestoreWriter(reactor, self.variant, spawnPrefix=self.rig.argv("n0", ()))
+        self.addCleanup(writer.close)
+        return writer
+
+
+class RestoreNftTrafficTests(RestoreLegacyTrafficTests):
+    """The same chains over nf_tables."""
+
+    variant = "nft"

@@ -17,7 +17,7 @@ from tests.shared.echo import EchoServers, ask
 from tests.shared.namespaces import canMakeNamespaces
 from tests.shared.writers import key, many, same
 from twisted_kproxy.core.rules import Guard, Rule, Ruleset, Target, Verdict, deltaBetween
-from twisted_kproxy.core.values import FAMILIES, Family, Protocol
+from twisted_kproxy.core.values import FAMILIES, Family, FrontendKey, Protocol
 from twisted_kproxy.netfilter.nftables import NftablesWriter
 
 SOCKETS = {"IPv4": socket.AF_INET, "IPv6": socket.AF_INET6}
@@ -197,6 +197,37 @@ class TrafficTests(TestCase):
         beside.listen("beside", socket.AF_INET, socket.SOCK_STREAM, 30080)
         self.assertIn("beside", self.ask("p0a", "IPv4", "TCP", self.address("x", "IPv4"), 30080))
 
+    async def test_refusedAddressOfTheNode(self) -> None:
+        """An address of the node that is refused is refused, also where its port is another service's node port."""
+        for refusal, answer in (("reject", "refused"), ("drop", "timeout")):
+            rules: dict[FrontendKey, Rule] = {}
+            for family, protocol in EVERY:
+                rules[key(self.address("n0", family), 30080, protocol)] = same(refusal)  # type: ignore[arg-type]
+                rules[key("", 30080, protocol, family)] = same(self.to(family, protocol))
+            await self.writer.replace(Ruleset(rules, self.ruleset().guards, INSIDERS))
+            for family, protocol in EVERY:
+                for client in CLIENTS:
+                    found = self.ask(client, family, protocol, self.address("n0", family), 30080, 0.2)
+                    self.assertEqual((client, family, protocol, found), (client, family, protocol, answer))
+                self.assertIn("cluster", self.ask("n0", family, protocol, LOOPBACK[family], 30080))
+
+    async def test_halfRefusedAddressOfTheNode(self) -> None:
+        """The same where only insiders, or only outsiders, are refused."""
+        for inside in (True, False):
+            rules: dict[FrontendKey, Rule] = {}
+            for family, protocol in EVERY:
+                local = self.to(family, protocol, "local")
+                rule = Rule(outside=local, inside="reject") if inside else Rule(outside="reject", inside=local)
+                rules[key(self.address("n0", family), 30080, protocol)] = rule
+                rules[key("", 30080, protocol, family)] = same(self.to(family, protocol))
+            await self.writer.replace(Ruleset(rules, self.ruleset().guards, INSIDERS))
+            for family, protocol in EVERY:
+                for client in CLIENTS:
+                    found = self.ask(client, family, protocol, self.address("n0", family), 30080, 2)
+                    served = (client == "x") == inside
+                    expected = "local" if served else "refused"
+                    self.assertEqual((client, protocol, found.split()[0]), (client, protocol, expected))
+
     async def test_establishedGoesOn(self) -> None:
         """What is established goes on when its frontend is refused or goes."""
         listening = self.rig.socketIn("n0")
@@ -248,7 +279,7 @@ class TrafficTests(TestCase):
         thread = threading.Thread(target=hammer)
         thread.start()
         try:
-            for n in range(10):
+            for n in range(15):
                 await writer.replace(rulesets[(n + 1) % 2])
         finally:
             ending.set()

@@ -189,14 +189,14 @@ class FaultTests(IniCase):
     def test_everyFaultAtOnce(self) -> None:
         """All faults of a file are told together, in its order, each with line, section and key."""
         faults = self.faults(
-            "[kproxy]\nmode = turbo\nsync-period = 5\nsync-period = 6s\n[rules]\nwriter = iptables\n[rules]\nnonsense\n"
+            "[kproxy]\nmode = turbo\nsync-period = 5\nsync-period = 6s\n[rules]\nwriter = ipfw\n[rules]\nnonsense\n"
         )
         lines = [fault.partition(":")[0] for fault in faults]
         self.assertEqual(lines, ["2", "3", "4", "6", "7", "8", " no source of services"])
         self.assertIn("[kproxy] mode = turbo: must be one of userspace", faults[0])
         self.assertIn("write 5s for seconds", faults[1])
         self.assertIn("given twice, first on line 3", faults[2])
-        self.assertIn("not built yet; use python-iptables or auto", faults[3])
+        self.assertIn("must be one of auto, nftables, python-iptables, iptables", faults[3])
         self.assertIn("[rules] is given twice, first on line 5", faults[4])
         self.assertIn("expected 'key = value'", faults[5])
         self.assertIn("add one", faults[6])
@@ -222,7 +222,8 @@ class FaultTests(IniCase):
 
     def test_unknownNames(self) -> None:
         """An unknown writer, policy or type of source is answered with the known ones."""
-        self.assertIn("must be one of auto, nftables, python-iptables, none", self.userFault("rules", "writer = pf"))
+        known = "auto, nftables, python-iptables, iptables, iptables-legacy, iptables-nft, none"
+        self.assertIn(f"must be one of {known}", self.userFault("rules", "writer = pf"))
         self.assertIn("did you mean 'round-robin'?", self.userFault("balance", "policy = roundrobin"))
         fault = self.fault("[source:x]\ntype = api\nin-cluster = yes\nwatch-list = on\n")
         self.assertIn("watch-list = on: must be one of auto, off", fault)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
 from tests.shared.writers import key
-from twisted_kproxy.netfilter.conntrack import Flow, Flows, decode, question
+from twisted_kproxy.netfilter.conntrack import Flow, Flows, Glance, decode, question
 from twisted_kproxy.netfilter.netlink import NESTED, attribute, attributes
 
 
@@ -53,6 +53,30 @@ class FlowTests(SynchronousTestCase):
         self.assertIsNone(decode(b""))
         self.assertIsNone(decode(attribute(1 | NESTED, side("10.0.0.1", 1, "10.0.0.2", 2))))
         self.assertIsNone(decode(attribute(1 | NESTED, b"") + attribute(2 | NESTED, b"")))
+
+    def test_glance(self) -> None:
+        """A glance gives what reading with care gives; of what looks otherwise it gives nothing."""
+        four, six = ("10.0.0.1", "10.0.0.2", "10.96.0.1"), ("fd00::1", "fd00::2", "fd96::1")
+        for family, hosts in (("IPv4", four), ("IPv6", six)):
+            glance = Glance(family)  # type: ignore[arg-type]
+            back = attribute(2 | NESTED, side(hosts[1], 7, hosts[0], 5000))
+            for n in range(3):
+                answer = attribute(1 | NESTED, side(hosts[0], 5000 + n, hosts[2 - n % 2], 53 + n)) + back
+                found = decode(answer)
+                assert found is not None
+                self.assertEqual(glance.destination(answer), found.destination)
+            zoned = attribute(1 | NESTED, side(hosts[0], 1, hosts[1], 2) + attribute(3, b"\0\x01")) + back
+            other = "fd00::9" if family == "IPv4" else "10.0.0.9"
+            for answer in (zoned, attribute(1 | NESTED, side(other, 1, other, 2)) + back, b"", back):
+                self.assertIsNone(glance.destination(answer))
+
+    @given(st.lists(st.binary(max_size=120), max_size=5))
+    def test_glanceAtAnything(self, answers: list[bytes]) -> None:
+        """Whatever comes, no wrong answer."""
+        glance = Glance("IPv4")
+        for answer in answers:
+            found = decode(answer)
+            self.assertIn(glance.destination(answer), (None, found.destination if found else None))
 
     @given(st.binary(max_size=120))
     def test_anyBytes(self, data: bytes) -> None:

@@ -238,15 +238,19 @@ class LayoutTests(SynchronousTestCase):
         content = render(Ruleset({key("10.96.0.1", 80): rule}, insiders=("10.0.0.0/8",)), "IPv4")
         content.nat[PORTALS_CONTAINER].reverse()
         self.assertRaises(UnknownBytes, reconstruct, "IPv4", content)
+        content = render(Ruleset({key("10.96.0.1", 80): Rule("drop", to(1))}, insiders=("10.0.0.0/8",)), "IPv4")
+        content.nat[PORTALS_CONTAINER].reverse()
+        self.assertRaises(UnknownBytes, reconstruct, "IPv4", content)
         content = render(Ruleset({key("10.96.0.1", 80): Rule("drop", "reject")}, insiders=("10.0.0.0/8",)), "IPv4")
         content.filter[REFUSE].reverse()
         self.assertRaises(UnknownBytes, reconstruct, "IPv4", content)
 
-    def test_refusedHasNoNat(self) -> None:
-        """Who is refused is never led anywhere."""
+    def test_refusedIsNotLed(self) -> None:
+        """Who is refused is led nowhere, and not on to the node ports either: the address may be the node's own."""
         rules = {key("10.96.0.1", 80): same("reject"), key("", 30000): same("drop")}
         content = render(Ruleset(rules, insiders=("10.0.0.0/8",)), "IPv4")
-        self.assertEqual({chain for chain, entries in content.nat.items() if entries}, {INSIDERS})
+        led = {chain: [parse("IPv4", it).target for it in entries] for chain, entries in content.nat.items() if entries}
+        self.assertEqual(led, {PORTALS_CONTAINER: [ACCEPT], PORTALS_HOST: [ACCEPT], INSIDERS: [RETURN]})
         self.assertEqual(len(content.filter[REFUSE]), 2)
 
     def test_insideFirst(self) -> None:

@@ -16,25 +16,28 @@ from twisted.trial.unittest import SynchronousTestCase, TestCase
 from tests.shared.writers import SAMPLE, key, many, same, to
 from twisted_kproxy.core.rules import Delta, Guard, Rule, Ruleset
 from twisted_kproxy.interfaces import NotAvailable, RulesRejected
-from twisted_kproxy.netfilter import nftables
+from twisted_kproxy.netfilter import tool
 from twisted_kproxy.netfilter.netlink import HEADER, text
 from twisted_kproxy.netfilter.nftables import NftablesWriter
 from twisted_kproxy.netfilter.nftlayout import (
-    CHAINS,
     LAYOUT,
     MAPS,
-    RULES,
     SETS,
     Unreadable,
     gathered,
     intervals,
     placed,
-    readListing,
     stepFor,
+    wholeStep,
+)
+from twisted_kproxy.netfilter.nfttext import (
+    CHAINS,
+    RULES,
+    readListing,
+    signature,
     stepText,
     structureProblem,
     structureText,
-    wholeStep,
 )
 from twisted_kproxy.netfilter.nftwatch import TableWatch
 from twisted_kproxy.netfilter.tool import Tool, TooSlow, find
@@ -150,13 +153,15 @@ class TextTests(SynchronousTestCase):
             self.assertRaises(ValueError, NftablesWriter, None, name)
 
 
-def listing(**changed: Any) -> dict[str, Any]:
+def listing(signed: bool = True, **changed: Any) -> dict[str, Any]:
     """A listing of an untouched table."""
     items: list[dict[str, Any]] = [{"metainfo": {}}, {"table": {"name": "kproxy"}}]
     items += [{"map" if name in MAPS else "set": {"name": name, **changed.get(name, {})}} for name in SETS]
     for chain, count in RULES.items():
         items.append({"chain": {"name": chain}})
         items += [{"rule": {"chain": chain}}] * count
+    if signed:
+        items.append({"chain": {"name": signature({"nftables": items})}})
     return {"nftables": items}
 
 
@@ -186,6 +191,33 @@ class ListingTests(SynchronousTestCase):
                 more = listing()
                 more["nftables"].append(item)
                 self.assertNotEqual(structureProblem(more), "", item)
+
+    def test_exchanged(self) -> None:
+        """A rule, chain or set that is another than was made is noticed, though there are as many; elements may be."""
+        for n, item in enumerate(listing()["nftables"]):
+            for kind in ("rule", "chain", "map", "set"):
+                if kind in item and not item[kind].get("name", "").startswith("made-as-"):
+                    other = listing()
+                    other["nftables"][n] = {kind: {**item[kind], "prio": 7}}
+                    self.assertIn("changed", structureProblem(other), item)
+                    other["nftables"][n] = {kind: {**item[kind], "handle": 7}}
+                    self.assertEqual(structureProblem(other), "", item)
+        self.assertEqual(structureProblem(listing(**{"service-ips4": {"elem": [1]}})), "")
+        swapped = listing()
+        places = [n for n, item in enumerate(swapped["nftables"]) if item.get("rule", {}).get("chain") == "refuse"]
+        one, two = places[:2]
+        swapped["nftables"][one] = {"rule": {"chain": "refuse", "expr": 1}}
+        swapped["nftables"][two] = {"rule": {"chain": "refuse", "expr": 2}}
+        first = signature(swapped)
+        swapped["nftables"][one], swapped["nftables"][two] = swapped["nftables"][two], swapped["nftables"][one]
+        self.assertNotEqual(signature(swapped), first)
+
+    def test_unsigned(self) -> None:
+        """A table whose making was interrupted, or whose signature is not the only one, is made anew."""
+        self.assertIn("interrupted", structureProblem(listing(signed=False)))
+        twice = listing()
+        twice["nftables"].append({"chain": {"name": "made-as-other"}})
+        self.assertNotEqual(structureProblem(twice), "")
 
     def test_otherLayout(self) -> None:
         """The table of another version is made anew."""
@@ -261,7 +293,8 @@ class BrokenToolTests(Scripted):
     """The writer over an nft that does not do as it should."""
 
     def writer(self, body: str, **options: Any) -> NftablesWriter:
-        self.patch(nftables, "find", lambda name, package: self.script(body))
+        path = self.script(body)
+        options = {"findTool": lambda name, package: path, **options}
         writer = NftablesWriter(reactor, useNetlink=False, **options)
         self.addCleanup(writer.close)
         return writer
@@ -283,9 +316,8 @@ class BrokenToolTests(Scripted):
 
     async def test_noNft(self) -> None:
         """Without nft the package is named."""
-        writer = self.writer("")
-        self.patch(nftables, "find", find)
-        self.patch(nftables.find.__globals__["os"], "access", lambda *_: False)
+        writer = self.writer("", findTool=find)
+        self.patch(tool.os, "access", lambda *_: False)
         with self.assertRaises(NotAvailable) as caught:
             await writer.probe()
         self.assertIn("install the nftables package", str(caught.exception))

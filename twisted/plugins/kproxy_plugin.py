@@ -15,4 +15,7 @@ leastConnections = PolicyMaker("least-connections", "twisted_kproxy.balance.poli
 
 nftables = WriterMaker("nftables", "twisted_kproxy.netfilter.nftables.NftablesWriter")
 pythonIptables = WriterMaker("python-iptables", "twisted_kproxy.netfilter.iptables.IptablesWriter")
+iptables = WriterMaker("iptables", "twisted_kproxy.netfilter.iptrestore.RestoreWriter")
+iptablesLegacy = WriterMaker("iptables-legacy", "twisted_kproxy.netfilter.iptrestore.legacyWriter")
+iptablesNft = WriterMaker("iptables-nft", "twisted_kproxy.netfilter.iptrestore.nftWriter")
 noRules = WriterMaker("none", "twisted_kproxy.netfilter.memory.NoWriter")

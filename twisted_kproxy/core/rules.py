@@ -12,8 +12,19 @@ from msgspec import Struct
 
 from .values import Family, FrontendKey, Protocol
 
+#: The bit of a packet's mark (``SO_MARK``, :manpage:`socket(7)`) that says: the proxy itself sends this to an
+#: endpoint. No rule of ours rewrites or refuses such a packet. An endpoint whose address and port are a frontend as
+#: well (a pod of the host's network behind an external IP that is the node's address; an Endpoints object that names a
+#: ClusterIP) would otherwise lead the proxy's own connection back to the proxy, for ever.
+#:
+#: One bit, so that those of others stay: 14 and 15 are of Kubernetes (masquerade, drop), 16 to 31 of Calico, Weave Net
+#: and Tailscale, 0 to 12 of Cilium and the AWS CNI, and the lowest byte is what administrators use in their routing
+#: rules. Bit 13 has one other user, the portmap plug-in of CNI, who masquerades what carries it: packets that leave
+#: with an address of the node already, so that is harmless; and what portmap marks itself it has rewritten by then.
+PROXY_MARK = 0x2000
 
-class Target(Struct, frozen=True, order=True):
+
+class Target(Struct, frozen=True, order=True, gc=False):
     """Rewrite the destination to this address and port of the node itself."""
 
     address: str
@@ -24,7 +35,7 @@ class Target(Struct, frozen=True, order=True):
 Verdict: TypeAlias = Target | Literal["reject", "drop"]
 
 
-class Rule(Struct, frozen=True):
+class Rule(Struct, frozen=True, gc=False):
     """
     What happens to new connections to one frontend.
 
@@ -36,7 +47,7 @@ class Rule(Struct, frozen=True):
     inside: Verdict
 
 
-class Guard(Struct, frozen=True, order=True):
+class Guard(Struct, frozen=True, order=True, gc=False):
     """A port of the proxy itself: only what was led there by a rule may reach it."""
 
     family: Family

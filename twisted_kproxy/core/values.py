@@ -22,7 +22,7 @@ FAMILIES: tuple[Family, ...] = ("IPv4", "IPv6")
 KINDS: tuple[Kind, ...] = ("Service", "EndpointSlice", "Endpoints", "Node")
 
 
-class ServicePortName(Struct, frozen=True, order=True):
+class ServicePortName(Struct, frozen=True, order=True, gc=False):
     """The identity of everything downstream of the API objects."""
 
     namespace: str
@@ -36,7 +36,7 @@ class ServicePortName(Struct, frozen=True, order=True):
         return f"{self.namespace}/{self.service}:{self.port}/{self.protocol}/{self.family}"
 
 
-class PoolName(Struct, frozen=True, order=True):
+class PoolName(Struct, frozen=True, order=True, gc=False):
     """One of the two sets of endpoints of a service port: all of the cluster's, or this node's own."""
 
     port: ServicePortName
@@ -46,7 +46,7 @@ class PoolName(Struct, frozen=True, order=True):
         return f"{self.port}/{self.kind}"
 
 
-class Endpoint(Struct, frozen=True, order=True):
+class Endpoint(Struct, frozen=True, order=True, gc=False):
     """
     Where a connection may go.
 
@@ -64,7 +64,7 @@ class Endpoint(Struct, frozen=True, order=True):
         return f"[{self.address}]:{self.port}" if ":" in self.address else f"{self.address}:{self.port}"
 
 
-class Frontend(Struct, frozen=True, order=True):
+class Frontend(Struct, frozen=True, order=True, gc=False):
     """
     One place that a client may dial.
 
@@ -80,7 +80,7 @@ class Frontend(Struct, frozen=True, order=True):
     insidePool: PoolKind = "cluster"
 
 
-class FrontendKey(Struct, frozen=True, order=True):
+class FrontendKey(Struct, frozen=True, order=True, gc=False):
     """
     What a frontend occupies on the wire. At any time one service port owns it.
 
@@ -97,7 +97,7 @@ class FrontendKey(Struct, frozen=True, order=True):
         return f"{host}:{self.port}/{self.protocol}"
 
 
-class ServicePort(Struct, frozen=True):
+class ServicePort(Struct, frozen=True, gc=False):
     """
     The meaning of one service port on this node.
 

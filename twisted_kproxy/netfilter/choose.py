@@ -1,11 +1,8 @@
-"""Which rule writer fits this node: ``writer = auto``."""
+"""Which rule writer fits this node: ``writer = auto``; and what others have left here."""
 
 from __future__ import annotations
 
-import ctypes
-import os
 import socket
-import struct
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -13,13 +10,12 @@ from typing import Any
 from twisted.internet.defer import Deferred
 from twisted.logger import Logger
 
-from ..interfaces import IRuleWriter, KproxyError, NotAvailable
+from ..interfaces import IRuleWriter, KproxyError, NotAvailable, RulesNotJudged, RulesRejected
+from .iptwatch import legacyCounts
 from .netlink import NetlinkSocket, SocketOpener, attributes
 
 _log = Logger()
 _GETCHAIN = 10 << 8 | 4
-_SO_GET_INFO = 64
-_INFO = struct.Struct("=32sI5I5III")
 #: Entries of a nat table without rules: four policies and the end.
 _EMPTY_NAT = 5
 
@@ -32,13 +28,7 @@ def hasLegacyRules(openSocket: SocketOpener = socket.socket, tables: str = "/pro
     except OSError:
         return False
     try:
-        with openSocket(socket.AF_INET, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.IPPROTO_RAW) as it:
-            buffer = ctypes.create_string_buffer(b"nat", _INFO.size)
-            size = ctypes.c_uint32(_INFO.size)
-            libc = ctypes.CDLL(None, use_errno=True)
-            if libc.getsockopt(it.fileno(), socket.IPPROTO_IP, _SO_GET_INFO, buffer, ctypes.byref(size)):
-                raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-            return bool(_INFO.unpack(buffer.raw)[12] > _EMPTY_NAT)
+        return legacyCounts(openSocket, "IPv4", "nat")[0] > _EMPTY_NAT
     except OSError:
         return False
 
@@ -105,3 +95,55 @@ async def _choose(candidates: list[tuple[str, Callable[[], Any]]], legacyNode: C
             except Exception:
                 _log.failure("The rule writer {name} could not be closed.", name=name)
     raise NotAvailable(f"no rule writer works here: {'; '.join(reasons) or 'there is none to try'}")
+
+
+def removeLeftovers(active: IRuleWriter, others: Iterable[tuple[str, Callable[[], Any]]]) -> Deferred[list[str]]:
+    """
+    Remove rules of ours that another writer has written, in an earlier run with another configuration. To be called
+    once the rules of the active one are in force: up to then the old ones may be all that serves.
+
+    Where no rules are written at all (``writer = none``), none are removed either. Writers whose rules are where the
+    active one's are, or who know where only after a probe, are left alone. A failure is logged and costs nothing else.
+
+    :param others: name, and what makes the writer.
+    :return: fires with the names of those that had left something.
+    """
+    return Deferred.fromCoroutine(_removeLeftovers(active, list(others)))
+
+
+async def _removeLeftovers(active: IRuleWriter, others: list[tuple[str, Callable[[], Any]]]) -> list[str]:
+    found: list[str] = []
+    if active.place == "nowhere":
+        return found
+    done = {active.place, "", "nowhere"}
+    for name, make in others:
+        writer: IRuleWriter | None = None
+        try:
+            writer = make()
+            assert writer is not None
+            if writer.place in done:
+                continue
+            if await writer.cleanup():
+                found.append(name)
+                _log.info(
+                    "Rules of an earlier run with another writer were removed from {place}; {active} has taken over.",
+                    place=writer.place, active=active.name,
+                )
+            done.add(writer.place)
+        except RulesRejected as error:
+            if isinstance(error, RulesNotJudged):
+                _log.debug("Whether {name} has left rules here cannot be found out: {error}", name=name, error=error)
+            else:
+                _log.warn("Rules that {name} has left cannot be removed: {error}", name=name, error=error)
+        except KproxyError as error:
+            # A program or library that is not installed has most probably left nothing.
+            _log.debug("Whether {name} has left rules here cannot be found out: {error}", name=name, error=error)
+        except Exception:
+            _log.failure("Rules that {name} may have left could not be removed.", name=name)
+        finally:
+            if writer is not None:
+                try:
+                    await writer.close()
+                except Exception:
+                    _log.failure("The rule writer {name} could not be closed.", name=name)
+    return found

@@ -12,7 +12,7 @@ import ipaddress
 import re
 import socket
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
 from msgspec import Struct
@@ -108,9 +108,41 @@ def _side(data: bytes) -> tuple[int, tuple[bytes, int], tuple[bytes, int]] | Non
     return proto[1][0], (source, ports[0]), (destination, ports[1])
 
 
+class Glance:
+    """
+    Tells whom a flow was dialled to by looking at fixed places, many times as fast as :func:`decode`: of a hundred
+    thousand flows some hundred matter. The first flow that was decoded with care tells where these places are.
+    """
+
+    def __init__(self, family: Family) -> None:
+        wide = 4 if family == "IPv4" else 16
+        # original, its addresses, source | destination | protocol, its number | source port | destination port
+        self._heads = (
+            slice(0, 12), slice(12 + wide, 16 + wide), slice(16 + 2 * wide, 24 + 2 * wide),
+            slice(28 + 2 * wide, 32 + 2 * wide), slice(36 + 2 * wide, 40 + 2 * wide),
+        )  # fmt: skip
+        self._address = slice(16 + wide, 16 + 2 * wide)
+        self._port = slice(40 + 2 * wide, 42 + 2 * wide)
+        self._shape: list[bytes] | None = None
+
+    def destination(self, answer: bytes) -> tuple[bytes, int] | None:
+        """Address and port; ``None`` where the answer looks otherwise than those before."""
+        if self._shape is None:
+            flow = decode(answer)
+            if flow is None or self._at(answer) != flow.destination:
+                return None
+            self._shape = [answer[it] for it in self._heads]
+        if [answer[it] for it in self._heads] != self._shape:
+            return None
+        return self._at(answer)
+
+    def _at(self, answer: bytes) -> tuple[bytes, int]:
+        return answer[self._address], int.from_bytes(answer[self._port], "big")
+
+
 class Flows:
     """
-    Deletes UDP flows, in a thread: a look through a hundred thousand flows takes about a second of one core.
+    Deletes UDP flows, in a thread: a look through a hundred thousand flows takes a few tenths of a second.
 
     :param openSocket: opens netlink and datagram sockets; see :data:`~twisted_kproxy.netfilter.netlink.SocketOpener`.
     :param tool: runs the ``conntrack`` program where netlink fails; made when first needed.
@@ -165,16 +197,24 @@ class Flows:
                 if len(wanted) > self.SINGLY:
                     wanted = [None]
                 for one in wanted:
-                    found = {it.identity for it in self._flows(netlink, family, one) if self._isStale(it, led)}
+                    flows = self._flows(netlink, family, one, led)
+                    found = {it.identity for it in flows if self._isStale(it, led)}
                     count += self._delete(netlink, family, sorted(found))
         finally:
             netlink.close()
         return count
 
     @staticmethod
-    def _flows(netlink: NetlinkSocket, family: Family, key: FrontendKey | None) -> Iterator[Flow]:
+    def _flows(
+        netlink: NetlinkSocket, family: Family, key: FrontendKey | None, led: Container[tuple[bytes, int]]
+    ) -> Iterator[Flow]:
+        """Those that may be to a frontend in ``led``."""
+        glance = Glance(family)
         try:
             for answer in netlink.dump(GET, _SOCKETS[family], question(family, key)):
+                dialled = glance.destination(answer)
+                if dialled is not None and dialled not in led and (b"", dialled[1]) not in led:
+                    continue
                 flow = decode(answer)
                 if flow is not None and flow.protocol == UDP:
                     yield flow

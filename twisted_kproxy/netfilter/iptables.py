@@ -23,7 +23,7 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from ..core.rules import Delta, Ruleset
-from ..interfaces import IRuleWriter, KproxyError, NotAvailable, RulesRejected
+from ..interfaces import IRuleWriter, KproxyError, NotAvailable, RulesNotJudged, RulesRejected
 from .xtwire import REPLIES, REQUESTS, FrameBuffer, Reply, Request, decodeReply, framed
 
 #: A call may take so long, and so much longer for each frontend in it; the lock of xtables gets most of that.
@@ -180,6 +180,7 @@ class IptablesWriter:
     """
 
     name = "python-iptables"
+    place = "legacy iptables"
     log = Logger()
 
     def __init__(self, reactor: Any, spawnPrefix: Sequence[str] = ()) -> None:
@@ -284,16 +285,21 @@ class IptablesWriter:
     def _ask(self, request: Request, otherwise: type[KproxyError], attempt: int = 1) -> Deferred[Reply]:
         if self._closed:
             return fail(otherwise("the rule writer has been closed"))
+        unheard = RulesNotJudged if otherwise is RulesRejected else otherwise
         try:
             worker = self._usableWorker()
         except OSError as error:
-            return fail(otherwise(f"the rule worker cannot be started: {error}"))
+            return fail(unheard(f"the rule worker cannot be started: {error}"))
         seconds = CALL_SECONDS + SECONDS_PER_RULE * len(request.rules)
         timer = self._reactor.callLater(
             seconds, worker.kill, f"the rule worker did not answer within {seconds:.0f} s and was ended"
         )
 
         def answered(reply: Reply) -> Reply:
+            if reply.error and otherwise is RulesRejected:
+                if reply.unjudged or reply.unavailable:
+                    raise RulesNotJudged(reply.error)
+                raise RulesRejected(reply.error, reply.refused)
             if reply.error:
                 raise otherwise(reply.error)
             return reply
@@ -303,7 +309,7 @@ class IptablesWriter:
                 self.log.warn("{reason}; another one is asked", reason=failure.getErrorMessage())
                 return self._ask(request, otherwise, attempt + 1)
             hint = "; whether the rules were changed will show when they are read" if request.rules else ""
-            raise otherwise(f"{failure.value}{hint}")
+            raise unheard(f"{failure.value}{hint}")
 
         def done(result: Any) -> Any:
             if timer.active():

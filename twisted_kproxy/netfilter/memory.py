@@ -10,6 +10,7 @@ from twisted.internet.defer import Deferred, fail, succeed
 from zope.interface import implementer
 
 from ..core.rules import Delta, Ruleset, applied
+from ..core.values import FrontendKey
 from ..interfaces import IRuleWriter, RulesRejected
 
 _T = TypeVar("_T")
@@ -40,15 +41,19 @@ class MemoryWriter:
     :ivar inForce: the rules; ``None`` where nothing of ours is.
     :ivar history: every call, in order.
     :ivar failures: errors for the next writing calls, first in first out.
+    :ivar poison: frontends that are refused with whatever they come with; ``tellsPoison``: by name.
     :ivar hang: while true, calls wait until :meth:`release`.
     """
 
     name = "memory"
+    place = "memory"
 
     def __init__(self, reactor: Any = None, inForce: Ruleset | None = None) -> None:
         self.inForce = inForce
         self.history: list[Operation] = []
         self.failures: list[Exception] = []
+        self.poison: set[FrontendKey] = set()
+        self.tellsPoison = False
         self.hang = False
         self.closed = False
         self._held: list[_Held] = []
@@ -122,6 +127,7 @@ class MemoryWriter:
         def tried() -> _T:
             if self.failures and operation.call in ("apply", "replace", "cleanup"):
                 raise self.failures.pop(0)
+            self._refuse(operation.value)
             return work()
 
         fired: Deferred[_T] = Deferred()
@@ -132,6 +138,12 @@ class MemoryWriter:
         else:
             self._finish(tried, fired)
         return fired
+
+    def _refuse(self, value: Delta | Ruleset | None) -> None:
+        rules = value.rules if value is not None else {}
+        found = {key for key in self.poison if rules.get(key) is not None}
+        if found:
+            raise RulesRejected("there is poison among it", found if self.tellsPoison else ())
 
     @staticmethod
     def _finish(work: Callable[[], _T], fired: Deferred[_T]) -> None:
@@ -150,6 +162,7 @@ class NoWriter:
     """
 
     name = "none"
+    place = "nowhere"
 
     def __init__(self, reactor: Any = None) -> None:
         self._inForce: Ruleset | None = None

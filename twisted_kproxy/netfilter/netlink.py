@@ -29,6 +29,7 @@ NLM_F_DUMP_INTR = 0x10
 NLM_F_DUMP = 0x300
 NLM_F_CREATE = 0x400
 
+_GETGEN = 10 << 8 | 16
 NLMSG_ERROR = 2
 NLMSG_DONE = 3
 NLM_F_ACK_TLVS = 0x200
@@ -60,7 +61,7 @@ def text(kind: int, value: str) -> bytes:
     return attribute(kind, value.encode() + b"\0")
 
 
-def message(kind: int, flags: int, sequence: int, family: int, payload: bytes, resource: int = 0) -> bytes:
+def message(kind: int, flags: int, sequence: int, family: int, payload: bytes = b"", resource: int = 0) -> bytes:
     """One message of a netfilter subsystem; ``kind`` is subsystem << 8 | type."""
     return HEADER.pack(len(payload) + 20, kind, flags, sequence, 0) + GENERIC.pack(family, 0, resource) + payload
 
@@ -139,6 +140,23 @@ class NetlinkSocket:
                     raise error
                 if sequence == last:
                     return
+
+    def generation(self) -> int:
+        """
+        The number of the ruleset of nf_tables, which each change of anybody makes another
+        (``NFT_MSG_GETGEN``).
+
+        :raise OSError: when the kernel does not say.
+        """
+        number = self.numbers(1)
+        self._socket.send(message(_GETGEN, NLM_F_REQUEST, number, 0))
+        while True:
+            for kind, flags, sequence, _sender, payload in messages(self._socket.recv(65536)):
+                if sequence != number:
+                    continue
+                if kind == NLMSG_ERROR:
+                    raise self._error(payload, flags) or OSError(errno.EPROTO, "no generation was given")
+                return int.from_bytes(dict(attributes(payload, 4)).get(1, b""), "big")
 
     def dump(self, kind: int, family: int, payload: bytes = b"") -> Iterator[bytes]:
         """

@@ -11,16 +11,33 @@ import socket
 import struct
 from collections.abc import Iterable, Iterator
 
+from msgspec import Struct
+
 from ..core.rules import Guard, Target
 from ..core.values import Family, FrontendKey, Protocol
 from .netlink import NESTED, NLM_F_ACK, NLM_F_CREATE, NLM_F_REQUEST, attribute, attributes, message, text
-from .nftlayout import GUARDS, INSIDERS, MAPS, NAMES, PROTOCOLS, SETS, Block, Step, Unreadable, Value, intervals
+from .nftlayout import (
+    BREATH,
+    GUARDS,
+    INSIDERS,
+    MAPS,
+    NAMES,
+    PROTOCOLS,
+    SETS,
+    Block,
+    Step,
+    Unreadable,
+    Value,
+    intervals,
+)
+from .slices import Slices, finish
 
 NFTABLES = 10
 INET = 1
 BATCH_BEGIN, BATCH_END = 0x10, 0x11
 NEWSETELEM, GETSETELEM, DELSETELEM = (NFTABLES << 8 | it for it in (12, 13, 14))
 
+_BATCH_GENID = 1
 _LIST_TABLE, _LIST_SET, _LIST_ELEMENTS = 1, 2, 3
 _KEY, _DATA, _FLAGS = 1, 2, 3
 _INTERVAL_END = 1
@@ -85,52 +102,81 @@ def insiderElements(networks: Iterable[str], family: Family) -> list[bytes]:
     return found
 
 
-def encode(table: str, step: Step, first: int = 1) -> tuple[bytes, int]:
+class Elements(Struct, frozen=True):
     """
-    A step as one batch.
+    A step as elements in bytes: set → those that go, and those that come.
 
-    :param first: the sequence number of its first message.
-    :return: the bytes, and the number of the last message before the end of the batch, which asks for an
-        acknowledgement.
+    :ivar flushed: sets that are emptied first.
     """
+
+    flushed: list[str]
+    gone: dict[str, list[bytes]]
+    new: dict[str, list[bytes]]
+
+
+def elementsOf(step: Step) -> Slices[Elements]:
+    """The elements of a step, in slices."""
     gone: dict[str, list[bytes]] = {}
     new: dict[str, list[bytes]] = {}
     flushed: list[str] = list(SETS) if step.whole else list(INSIDERS) if step.insiders is not None else []
-    for name, key in step.removed:
+    for count, (name, key) in enumerate(step.removed):
         gone.setdefault(name, []).append(element(keyBytes(key)))
+        if not count % BREATH:
+            yield
+    for name, raw in step.strange:
+        gone.setdefault(name, []).append(element(raw))
     for guard in step.guardsRemoved:
         gone.setdefault(NAMES[guard.family].guards, []).append(element(guardBytes(guard)))
     values: dict[Value, bytes] = {}
-    for name, key, value in step.added:
+    for count, (name, key, value) in enumerate(step.added):
         data = values.get(value)
         if data is None:
             data = values[value] = valueBytes(value)
         new.setdefault(name, []).append(element(keyBytes(key), data))
+        if not count % BREATH:
+            yield
     for guard in step.guardsAdded:
         new.setdefault(NAMES[guard.family].guards, []).append(element(guardBytes(guard)))
     if step.insiders is not None:
         for name, family in INSIDERS.items():
             new[name] = insiderElements(step.insiders, family)
+    return Elements(flushed, gone, new)
 
+
+def batch(table: str, elements: Elements, first: int = 1, generation: int | None = None) -> tuple[bytes, int]:
+    """
+    Elements as one batch.
+
+    :param first: the sequence number of its first message.
+    :param generation: of the ruleset that this is meant for; the kernel refuses the batch with ERESTART where it is
+        another by then (``NFNL_BATCH_GENID``).
+    :return: the bytes, and the number of the last message before the end of the batch, which asks for an
+        acknowledgement.
+    """
     bodies: list[tuple[int, int, bytes]] = []
-    heads = {name: text(_LIST_TABLE, table) + text(_LIST_SET, name) for name in {*flushed, *gone, *new}}
-    bodies += [(DELSETELEM, NLM_F_REQUEST, heads[name]) for name in flushed]
+    names = {*elements.flushed, *elements.gone, *elements.new}
+    heads = {name: text(_LIST_TABLE, table) + text(_LIST_SET, name) for name in names}
+    bodies += [(DELSETELEM, NLM_F_REQUEST, heads[name]) for name in elements.flushed]
     for kind, flags, some in (
-        (DELSETELEM, NLM_F_REQUEST, gone),
-        (NEWSETELEM, NLM_F_REQUEST | NLM_F_CREATE, new),
+        (DELSETELEM, NLM_F_REQUEST, elements.gone),
+        (NEWSETELEM, NLM_F_REQUEST | NLM_F_CREATE, elements.new),
     ):
-        for name, elements in some.items():
-            bodies += [
-                (kind, flags, heads[name] + attribute(_LIST_ELEMENTS | NESTED, part)) for part in _parts(elements)
-            ]
+        for name, those in some.items():
+            bodies += [(kind, flags, heads[name] + attribute(_LIST_ELEMENTS | NESTED, part)) for part in _parts(those)]
     if not bodies:
         return b"", first
-    out = [message(BATCH_BEGIN, NLM_F_REQUEST, first, 0, b"", NFTABLES)]
+    wanted = attribute(_BATCH_GENID, generation.to_bytes(4, "big")) if generation is not None else b""
+    out = [message(BATCH_BEGIN, NLM_F_REQUEST, first, 0, wanted, NFTABLES)]
     last = first + len(bodies)
     for number, (kind, flags, body) in enumerate(bodies, first + 1):
         out.append(message(kind, flags | NLM_F_ACK if number == last else flags, number, INET, body))
     out.append(message(BATCH_END, NLM_F_REQUEST, last + 1, 0, b"", NFTABLES))
     return b"".join(out), last
+
+
+def encode(table: str, step: Step, first: int = 1) -> tuple[bytes, int]:
+    """A step as one batch, at once; see :func:`batch`."""
+    return batch(table, finish(elementsOf(step)), first)
 
 
 def _parts(elements: list[bytes]) -> Iterator[bytes]:

@@ -5,17 +5,34 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 
+from msgspec import Struct
+
 from ..core.rules import Guard, Ruleset
 from ..core.values import FrontendKey
 from . import nftelements
 from .netlink import Interrupted, NetlinkSocket, SocketOpener
-from .nftlayout import GUARDS, INSIDERS, MAPS, Step, Value, gathered
+from .nftelements import Elements
+from .nftlayout import BREATH, GUARDS, INSIDERS, MAPS, SETS, Step, Unreadable, Value, gathering
 from .ruleset import canonicalNetworks
+from .slices import Slices
+
+
+class Collected(Struct, frozen=True):
+    """
+    Every element, as the kernel told of it.
+
+    :ivar generation: of the ruleset that they are from.
+    :ivar answers: set → the answers to a dump of it.
+    """
+
+    generation: int
+    answers: dict[str, list[bytes]]
 
 
 class ElementSocket:
     """
-    Reads and writes elements. Calls block, and may come from any one thread at a time.
+    Reads and writes elements. What blocks may be called from any one thread at a time; what takes long without
+    blocking comes in slices.
 
     :param opened: called with the port of each socket that is opened.
     """
@@ -49,55 +66,119 @@ class ElementSocket:
             self._socket.close()
             self._socket = None
 
-    def commit(self, step: Step) -> None:
+    # --- what blocks ---
+
+    def commit(self, elements: Elements, generation: int | None = None) -> None:
         """
         Carry out a step, all of it or nothing.
 
+        :param generation: see :func:`~twisted_kproxy.netfilter.nftelements.batch`.
         :raise Refused: when the kernel says no.
         :raise OSError: when it is not known whether it was carried out.
         """
         with self._lock:
             netlink = self.open()
             first = netlink.numbers(1)
-            data, last = nftelements.encode(self._table, step, first)
+            data, last = nftelements.batch(self._table, elements, first, generation)
             netlink.numbers(last - first + 1)
             if data:
                 netlink.request(data, first, last)
 
-    def read(self) -> Ruleset:
+    def collect(self) -> Collected:
         """
-        Every element.
+        Ask for every element.
 
         :raise Interrupted: when the table changes faster than it can be read.
-        :raise Unreadable: when it is not such as we write.
         :raise OSError: when the kernel says no.
         """
         with self._lock:
+            netlink = self.open()
             for _try in range(5):
                 try:
-                    return self._readOnce(self.open())
+                    generation = netlink.generation()
+                    return Collected(generation, {name: list(self._answers(netlink, name)) for name in SETS})
                 except Interrupted:
                     continue
             raise Interrupted()
 
-    def _readOnce(self, netlink: NetlinkSocket) -> Ruleset:
+    def _answers(self, netlink: NetlinkSocket, name: str) -> Iterator[bytes]:
+        question = nftelements.question(self._table, name)
+        return netlink.dump(nftelements.GETSETELEM, nftelements.INET, question)
+
+    # --- what takes long ---
+
+    @staticmethod
+    def reading(collected: Collected) -> Slices[Ruleset]:
+        """
+        The ruleset in what was collected.
+
+        :raise Unreadable: when it is not such as we write.
+        """
         elements: list[tuple[str, FrontendKey, Value]] = []
-        guards: set[Guard] = set()
-        insiders: list[str] = []
-
-        def answers(name: str) -> Iterator[bytes]:
-            question = nftelements.question(self._table, name)
-            return netlink.dump(nftelements.GETSETELEM, nftelements.INET, question)
-
         for name in MAPS:
             reader = nftelements.MapReader(name)
-            for answer in answers(name):
+            for answer in collected.answers[name]:
                 elements += reader.read(answer)
+                yield
+        guards: set[Guard] = set()
         for name in GUARDS:
-            for answer in answers(name):
+            for answer in collected.answers[name]:
                 guards |= {nftelements.decodeGuard(name, key) for key, _data, _ends in nftelements.elementsIn(answer)}
+                yield
+        insiders: list[str] = []
         for name in INSIDERS:
-            insiders += nftelements.decodeInsiders(
-                it for answer in answers(name) for it in nftelements.elementsIn(answer)
-            )
-        return Ruleset(gathered(elements), frozenset(guards), canonicalNetworks(insiders))
+            insiders += _insiders(collected, name)
+        rules = yield from gathering(elements)
+        return Ruleset(rules, frozenset(guards), canonicalNetworks(insiders))
+
+    @staticmethod
+    def mending(collected: Collected, whole: Step) -> Slices[Step]:
+        """
+        The step from what was collected, whatever it is, to what shall be: of damage no more than was damaged.
+
+        :param whole: what :func:`~twisted_kproxy.netfilter.nftlayout.wholeStep` gives.
+        """
+        wanted: dict[tuple[str, FrontendKey], Value] = {}
+        for count, (name, key, value) in enumerate(whole.added):
+            wanted[name, key] = value
+            if not count % BREATH:
+                yield
+        removed: list[tuple[str, FrontendKey]] = []
+        strange: list[tuple[str, bytes]] = []
+        for name in MAPS:
+            for answer in collected.answers[name]:
+                for count, (raw, data, _ends) in enumerate(nftelements.elementsIn(answer)):
+                    try:
+                        key, value = nftelements.decodeMap(name, raw, data)
+                    except Unreadable:
+                        strange.append((name, raw))
+                        continue
+                    if wanted.get((name, key)) == value:
+                        del wanted[name, key]
+                    else:
+                        removed.append((name, key))
+                    if not count % BREATH:
+                        yield
+        guards: set[Guard] = set()
+        for name in GUARDS:
+            for answer in collected.answers[name]:
+                for raw, _data, _ends in nftelements.elementsIn(answer):
+                    try:
+                        guards.add(nftelements.decodeGuard(name, raw))
+                    except Unreadable:
+                        strange.append((name, raw))
+        found = canonicalNetworks(it for name in INSIDERS for it in _insiders(collected, name))
+        return Step(
+            removed,
+            [(name, key, value) for (name, key), value in wanted.items()],
+            frozenset(guards) - whole.guardsAdded,
+            whole.guardsAdded - guards,
+            whole.insiders if found != whole.insiders else None,
+            strange,
+        )
+
+
+def _insiders(collected: Collected, name: str) -> list[str]:
+    return nftelements.decodeInsiders(
+        it for answer in collected.answers[name] for it in nftelements.elementsIn(answer)
+    )

@@ -3,30 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any
 
 from twisted.internet.defer import Deferred, DeferredLock
-from twisted.internet.task import deferLater
 from twisted.logger import Logger
 from zope.interface import implementer
 
 from ..core.changes import Update
 from ..core.rules import Delta, Guard, Rule, Ruleset, Target
-from ..core.values import FrontendKey, ServiceMap, ServicePortName
-from ..interfaces import IRulePlane, IRuleWriter
-from .ruleset import Fragment, Fragments, canonicalNetworks
-
-
-class FlowRemover(Protocol):
-    """Makes the kernel forget where established UDP flows were led."""
-
-    def forget(self, stale: Mapping[FrontendKey, frozenset[Target]]) -> Deferred[int]:
-        """
-        Delete the flows to each frontend but those that are led to one of its targets.
-
-        :return: fires with how many were deleted.
-        """
+from ..core.values import FrontendKey, ServiceMap, ServicePort, ServicePortName
+from ..interfaces import IRulePlane, IRuleWriter, RulesNotJudged, RulesRejected
+from .isolate import Isolation, Unit
+from .planning import Claim, FlowRemover, differing, joining, updating
+from .ruleset import CannotRender, Fragment, Fragments, canonicalNetworks
+from .slices import Slices, inSlices
 
 
 @implementer(IRulePlane)
@@ -37,16 +28,18 @@ class RulePlane:
     What an earlier run has left in the kernel is compared with, never flushed. After a failure, after somebody else
     has changed our rules, and when an update says so, what is in force is read anew first.
 
+    A service port whose rules cannot be made, or that the writer refuses, is put in quarantine: all others are in force
+    then, and of that one what was in force before. It is tried again when it changes, and with each full update.
+
     :param writer: an :class:`~twisted_kproxy.interfaces.IRuleWriter`; the plane is its only user.
     :param insiders: the pod networks, CIDRs.
     :param flows: forgets stale UDP flows once the rules are in; ``None`` for nobody.
     :param changedOutside: called when somebody else has changed our rules; a full update should follow.
+    :param claim: is taken before anything is looked at, and given back when the rules are removed; ``None`` for none.
     :raise ValueError: where an insider is no network.
     """
 
     log = Logger()
-    #: Service ports (or rules) looked at in one turn of the reactor; some milliseconds.
-    SLICE = 500
 
     def __init__(
         self,
@@ -56,14 +49,18 @@ class RulePlane:
         insiders: Iterable[str] = (),
         flows: FlowRemover | None = None,
         changedOutside: Callable[[], None] | None = None,
+        claim: Claim | None = None,
     ) -> None:
         self._reactor = reactor
         self._writer = writer
         self._insiders = canonicalNetworks(insiders)
         self._flows = flows
         self._changedOutside = changedOutside
+        self._claim = claim
         self._lock = DeferredLock()
         self._fragments = Fragments()
+        self._good: dict[ServicePortName, Fragment] = {}  # those that are in force
+        self._quarantine: dict[ServicePortName, tuple[ServicePort, str]] = {}
         self._applied: ServiceMap | None = None  # the map that is in force
         self._rules: dict[FrontendKey, Rule] = {}  # what is in force, as far as we know
         self._guards: Counter[Guard] = Counter()
@@ -80,6 +77,8 @@ class RulePlane:
         return Deferred.fromCoroutine(self._start())
 
     async def _start(self) -> None:
+        if self._claim is not None:
+            self._claim.take()
         words = await self._writer.probe()
         self.log.info("Rules are written by {writer} ({words}).", writer=self._writer.name, words=words)
         try:
@@ -96,9 +95,8 @@ class RulePlane:
         """
         Put a map into force. Updates must lead to sockets of this node; see :class:`Fragments`.
 
-        :return: fires when the rules are in, and stale UDP flows are forgotten; fails with
-            :class:`~twisted_kproxy.interfaces.RulesRejected`, or
-            :class:`~twisted_kproxy.netfilter.ruleset.CannotRender`.
+        :return: fires when the rules are in, but for those of service ports in quarantine, and stale UDP flows are
+            forgotten; fails with :class:`~twisted_kproxy.interfaces.RulesRejected`.
         """
         return self._lock.run(lambda: Deferred.fromCoroutine(self._onUpdate(update)))
 
@@ -109,13 +107,14 @@ class RulePlane:
         begun = self._reactor.seconds()
         try:
             if doubt or self._applied is None:
+                refused = list(self._quarantine)
                 delta = await self._whole(update.current, readFirst=doubt)
+                await self._tryAgain(refused)
             elif update.previous is not self._applied:
-                delta = await self._step(self._fragmentsBetween(self._applied, update.current), update.current)
+                between = Update(self._applied, update.current)
+                delta = await self._step(between.changed | between.removed, update.current)
             else:
-                delta = await self._step(
-                    [(self._fragments.last(name), name) for name in update.changed | update.removed], update.current
-                )
+                delta = await self._step(update.changed | update.removed, update.current)
         except Exception as error:
             self._doubt = True
             self._failures += 1
@@ -147,6 +146,8 @@ class RulePlane:
         except Exception as error:
             self.log.error("The rules could not be removed; they lead nowhere now: {error}.", error=error)
         self._rules = {}
+        if self._claim is not None:
+            self._claim.release()
         await self._writer.close()
 
     def status(self) -> Mapping[str, Any]:
@@ -161,7 +162,12 @@ class RulePlane:
             "lastError": self._lastError,
             "changedByOthers": self._foreign,
             "flowsForgotten": self._flowsForgotten,
+            "quarantined": self.quarantined(),
         }
+
+    def quarantined(self) -> dict[str, str]:
+        """The service ports whose rules are not in force as they should be, and why."""
+        return {str(name): reason for name, (_port, reason) in self._quarantine.items()}
 
     # --- IRulePlane ---
 
@@ -177,86 +183,179 @@ class RulePlane:
 
     # --- inside ---
 
+    def _fragment(self, name: ServicePortName, port: ServicePort | None) -> Fragment | None:
+        """What shall be in force under a name: that of the port; while it is in quarantine, what was before."""
+        known = self._quarantine.get(name)
+        if known is not None:
+            if known[0] is port:
+                return self._good.get(name)
+            del self._quarantine[name]
+        if port is None:
+            return None
+        try:
+            return self._fragments.of(port)
+        except CannotRender as error:
+            self._refuse(port, str(error))
+            return self._good.get(name)
+
+    def _refuse(self, port: ServicePort, reason: str) -> None:
+        if port.name not in self._quarantine:
+            self.log.error(
+                "Service port {name} is in quarantine: {reason}. What was in force of it stays; it is tried again when "
+                "it changes, and with each full comparison.",
+                name=port.name, reason=reason,
+            )
+        self._quarantine[port.name] = (port, reason)
+
+    def _rendering(self, current: ServiceMap) -> Slices[dict[ServicePortName, Fragment]]:
+        for name in [name for name in self._quarantine if name not in current]:
+            del self._quarantine[name]
+        fragments = {}
+        for name, port in current.items():
+            fragment = self._fragment(name, port)
+            if fragment is not None:
+                fragments[name] = fragment
+            yield
+        return fragments
+
     async def _whole(self, current: ServiceMap, readFirst: bool) -> Delta | Ruleset | None:
         """Compare everything with what is in force; gives what was written."""
         found = await self._writer.adopt() if readFirst else self._found
-        desired: dict[FrontendKey, Rule] = {}
-        guards: Counter[Guard] = Counter()
-        for count, port in enumerate(current.values(), 1):
-            fragment = self._fragments.of(port)
-            desired.update(fragment.rules)
-            guards.update(fragment.guards)
-            if not count % self.SLICE:
-                await self._breathe()
+        fragments = await inSlices(self._reactor, self._rendering(current))
+        desired, guards = await inSlices(self._reactor, joining(fragments, self._quarantine))
         written: Delta | Ruleset | None = None
         if found is None:
             written = Ruleset(dict(desired), frozenset(guards), self._insiders)
-            await self._writer.replace(written)
+            try:
+                await self._writer.replace(written)
+            except RulesRejected as error:
+                empty = Ruleset(insiders=self._insiders)
+                delta = await inSlices(self._reactor, differing(empty, written))
+                await self._isolate(error, delta, fragments, current, empty)
+                return written
         else:
-            delta = await self._difference(found, desired, frozenset(guards))
+            wanted = Ruleset(desired, frozenset(guards), self._insiders)
+            delta = await inSlices(self._reactor, differing(found, wanted))
             if delta:
                 written = delta
-                await self._writer.apply(delta)
-        self._rules, self._guards = desired, guards
+                try:
+                    await self._writer.apply(delta)
+                except RulesRejected as error:
+                    await self._isolate(error, delta, fragments, current)
+                    return written
+        self._good, self._rules, self._guards = fragments, desired, guards
         return written
 
-    async def _difference(self, found: Ruleset, desired: dict[FrontendKey, Rule], guards: frozenset[Guard]) -> Delta:
-        rules: dict[FrontendKey, Rule | None] = {}
-        for count, (key, rule) in enumerate(desired.items(), 1):
-            if found.rules.get(key) != rule:
-                rules[key] = rule
-            if not count % (self.SLICE * 10):
-                await self._breathe()
-        for count, key in enumerate(found.rules, 1):
-            if key not in desired:
-                rules[key] = None
-            if not count % (self.SLICE * 10):
-                await self._breathe()
-        insiders = self._insiders if found.insiders != self._insiders else None
-        return Delta(rules, guards - found.guards, found.guards - guards, insiders)
-
-    def _fragmentsBetween(
-        self, applied: ServiceMap, current: ServiceMap
-    ) -> list[tuple[Fragment | None, ServicePortName]]:
-        update = Update(applied, current)
-        return [(self._fragments.last(name), name) for name in update.changed | update.removed]
-
-    async def _step(
-        self, changed: list[tuple[Fragment | None, ServicePortName]], current: ServiceMap
-    ) -> Delta | None:
+    async def _step(self, changed: Collection[ServicePortName], current: ServiceMap) -> Delta | None:
         """Render what has changed, write the difference; gives what was written."""
-        gone: set[FrontendKey] = set()
-        new: dict[FrontendKey, Rule] = {}
-        guardsGone: Counter[Guard] = Counter()
-        guardsNew: Counter[Guard] = Counter()
-        for count, (before, name) in enumerate(changed, 1):
-            if before is not None:
-                gone.update(key for key, _rule in before.rules)
-                guardsGone.update(before.guards)
-            port = current.get(name)
-            if port is not None:
-                fragment = self._fragments.of(port)
-                new.update(fragment.rules)
-                guardsNew.update(fragment.guards)
-            if not count % self.SLICE:
-                await self._breathe()
-        rules: dict[FrontendKey, Rule | None] = {key: None for key in gone if key not in new and key in self._rules}
-        rules.update((key, rule) for key, rule in new.items() if self._rules.get(key) != rule)
-        guards = self._guards.copy()
-        guards.subtract(guardsGone)
-        guards.update(guardsNew)
-        guards = +guards
-        added, removed = guards.keys() - self._guards.keys(), self._guards.keys() - guards.keys()
-        delta = Delta(rules, frozenset(added), frozenset(removed))
+        delta, new, guards = await inSlices(self._reactor, self._stepping(changed, current))
         if delta:
-            await self._writer.apply(delta)
-        for key, rule in rules.items():
-            if rule is None:
-                del self._rules[key]
-            else:
-                self._rules[key] = rule
-        self._guards = guards
+            try:
+                await self._writer.apply(delta)
+            except RulesRejected as error:
+                fragments = {name: it for name, it in self._good.items() if name in current}
+                fragments.update((name, it) for name, it in new.items() if it is not None)
+                await self._isolate(error, delta, fragments, current)
+                return delta
+        await inSlices(self._reactor, updating(self._rules, delta.rules))
+        await inSlices(self._reactor, updating(self._good, new))
+        await inSlices(self._reactor, updating(self._guards, guards))
         return delta or None
+
+    def _stepping(
+        self, changed: Collection[ServicePortName], current: ServiceMap
+    ) -> Slices[tuple[Delta, dict[ServicePortName, Fragment | None], dict[Guard, int | None]]]:
+        """What is to be written; the fragments, and how often each guard is needed, once it is; ``None``: not."""
+        gone: set[FrontendKey] = set()
+        come: dict[FrontendKey, Rule] = {}
+        guards: Counter[Guard] = Counter()
+        new: dict[ServicePortName, Fragment | None] = {}
+        for name in changed:
+            old, fragment = self._good.get(name), self._fragment(name, current.get(name))
+            if old is not None:
+                gone.update(key for key, _rule in old.rules)
+                guards.subtract(old.guards)
+            if fragment is not None:
+                come.update(fragment.rules)
+                guards.update(fragment.guards)
+            new[name] = fragment
+            yield
+        rules: dict[FrontendKey, Rule | None] = {}
+        for key in gone:
+            if key not in come and key in self._rules:
+                rules[key] = None
+            yield
+        for key, rule in come.items():
+            if self._rules.get(key) != rule:
+                rules[key] = rule
+            yield
+        added: set[Guard] = set()
+        removed: set[Guard] = set()
+        counts: dict[Guard, int | None] = {}
+        for guard, more in guards.items():
+            before, after = self._guards[guard], self._guards[guard] + more
+            counts[guard] = after if after > 0 else None
+            if after > 0 >= before:
+                added.add(guard)
+            elif before > 0 >= after:
+                removed.add(guard)
+            yield
+        return Delta(rules, frozenset(added), frozenset(removed)), new, counts
+
+    # --- quarantine ---
+
+    async def _isolate(
+        self,
+        error: RulesRejected,
+        delta: Delta,
+        fragments: dict[ServicePortName, Fragment],
+        current: ServiceMap,
+        base: Ruleset | None = None,
+    ) -> None:
+        """
+        Put into force what is not refused of a step.
+
+        :param fragments: of all service ports.
+        :param base: to begin with, where nothing that can be understood is in force.
+        """
+        if isinstance(error, RulesNotJudged):
+            raise error
+        self.log.warn("Rules were refused: {error}. Those at fault are looked for.", error=error)
+        if base is not None:
+            await self._writer.replace(base)
+        isolation = Isolation(self._writer)
+        found = await isolation.run(error, delta, fragments.values(), self._good)
+        for name, reason in isolation.refused.items():
+            if name in current:
+                self._refuse(current[name], reason)
+            before = self._good.get(name)
+            if before is not None:
+                fragments[name] = before
+            else:
+                fragments.pop(name, None)
+        self._good, self._rules = fragments, dict(found.rules)
+        self._guards = Counter(guard for fragment in fragments.values() for guard in fragment.guards)
+
+    async def _tryAgain(self, names: Iterable[ServicePortName]) -> None:
+        """Whether what was refused is taken by now."""
+        for name in names:
+            if name not in self._quarantine:
+                continue
+            port = self._quarantine[name][0]
+            try:
+                fragment = self._fragments.of(port)
+            except CannotRender:
+                continue
+            isolation = Isolation(self._writer)
+            missing = {key: rule for key, rule in fragment.rules if self._rules.get(key) != rule}
+            if await isolation.again(Unit(name, missing, fragment.guards)):
+                self.log.info("Service port {name} has left the quarantine.", name=name)
+                del self._quarantine[name]
+                self._good[name] = fragment
+                self._rules.update(missing)
+                self._guards = Counter(guard for it in self._good.values() for guard in it.guards)
+            else:
+                self._quarantine[name] = (port, isolation.refused[name])
 
     async def _forgetFlows(self, update: Update, written: Delta | Ruleset | None) -> None:
         """UDP flows that the kernel leads where they no longer belong; a failure costs the flows, not the update."""
@@ -291,6 +390,3 @@ class RulePlane:
         self.log.warn("Somebody else has changed our rules; they will be compared and repaired.")
         if self._changedOutside is not None:
             self._changedOutside()
-
-    def _breathe(self) -> Deferred[None]:
-        return deferLater(self._reactor, 0, lambda: None)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ipaddress
+import socket
 from collections.abc import Iterable, Mapping
 
 from msgspec import Struct
 
 from ..core.rules import Guard, Rule, Target, Verdict
-from ..core.values import FrontendKey, PoolKind, ServicePort, ServicePortName
+from ..core.values import Family, FrontendKey, PoolKind, ServicePort, ServicePortName
 from ..interfaces import KproxyError
 
 
@@ -16,7 +17,42 @@ class CannotRender(KproxyError):
     """A service port that the rule plane has no rules for; the text names it."""
 
 
-class Fragment(Struct, frozen=True):
+class Invalid(ValueError):
+    """A rule that cannot be written; the text names the object."""
+
+
+def checkRule(key: FrontendKey, rule: Rule) -> None:
+    """:raise Invalid: naming the frontend."""
+    if key.address:
+        _checkAddress(key.family, key.address, str(key))
+    checkPort(key.port, str(key))
+    for verdict in (rule.outside, rule.inside):
+        if isinstance(verdict, Target):
+            _checkAddress(key.family, verdict.address, f"{key} leads to {verdict.address!r}, which")
+            checkPort(verdict.port, f"the target of {key}")
+        elif verdict not in ("reject", "drop"):
+            raise Invalid(f"{key} has an unknown verdict {verdict!r}")
+
+
+def _checkAddress(family: Family, address: str, what: str) -> None:
+    af = socket.AF_INET if family == "IPv4" else socket.AF_INET6
+    try:
+        packed = socket.inet_pton(af, address)
+    except (OSError, ValueError):
+        raise Invalid(f"{what} is no {family} address") from None
+    if not any(packed):
+        raise Invalid(f"{what} is the unspecified address")
+    if socket.inet_ntop(af, packed) != address:
+        raise Invalid(f"{what} must be written {socket.inet_ntop(af, packed)!r}")
+
+
+def checkPort(port: int, what: str) -> None:
+    """:raise Invalid: for what is no port."""
+    if not 0 < port < 65536:
+        raise Invalid(f"{what}: {port} is no port")
+
+
+class Fragment(Struct, frozen=True, gc=False):
     """
     What one service port adds to the ruleset.
 
@@ -73,13 +109,18 @@ def fragment(port: ServicePort) -> Fragment:
     """
     The rules and guards of one service port.
 
-    :raise CannotRender: see :func:`verdict`.
+    :raise CannotRender: see :func:`verdict`; and where an address or a port is none.
     """
     verdicts: dict[PoolKind, Verdict] = {kind: verdict(port, kind) for kind in port.poolKinds()}
     rules = tuple(
         (port.key(frontend), Rule(outside=verdicts[frontend.pool], inside=verdicts[frontend.insidePool]))
         for frontend in port.frontends
     )
+    try:
+        for key, rule in rules:
+            checkRule(key, rule)
+    except Invalid as error:
+        raise CannotRender(f"{port.name}: {error}") from None
     guards = frozenset(
         Guard(port.name.family, port.name.protocol, endpoint.port)
         for kind in port.poolKinds()

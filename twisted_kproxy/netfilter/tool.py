@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ class TooSlow(Exception):
 
 def find(name: str, package: str) -> str:
     """
-    The absolute path of a tool.
+    The absolute path of a tool: in the folders of the system, whatever the environment says.
 
     :raise NotAvailable: saying which package brings it.
     """
@@ -95,26 +95,36 @@ class Tool:
     :param prefix: arguments before the program's own, the first of which is run instead: for tests, and for work in
         the network namespace of another process.
     :param limit: seconds after which a run is killed.
+    :param environment: what it gets beside :data:`ENVIRONMENT`.
     """
 
-    def __init__(self, reactor: Any, path: str, prefix: Sequence[str] = (), limit: float = 30.0) -> None:
+    def __init__(
+        self,
+        reactor: Any,
+        path: str,
+        prefix: Sequence[str] = (),
+        limit: float = 30.0,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self._reactor = reactor
         self._prefix = tuple(prefix)
         self._path = path
         self._limit = limit
+        self._environment = {**ENVIRONMENT, **(environment or {})}
         self._runs: set[_Run] = set()
 
-    def run(self, *arguments: str, stdin: str = "") -> Deferred[Finished]:
+    def run(self, *arguments: str, stdin: str = "", path: str = "") -> Deferred[Finished]:
         """
         Run it.
 
+        :param path: another program than its own.
         :return: fires when it has ended and its output is complete, whatever its status; fails with
             :class:`TooSlow`, or OSError where it cannot be started.
         """
-        argv = [*self._prefix, self._path, *arguments]
+        argv = [*self._prefix, path or self._path, *arguments]
         run = _Run(self._reactor, stdin.encode(), self._limit)
         executable = argv[0] if argv[0].startswith("/") else find(argv[0], argv[0])
-        self._reactor.spawnProcess(run, executable, argv, env=ENVIRONMENT, path="/")
+        self._reactor.spawnProcess(run, executable, argv, env=self._environment, path="/")
         self._runs.add(run)
 
         def ended(result: Any) -> Any:

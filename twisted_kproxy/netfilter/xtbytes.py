@@ -19,7 +19,7 @@ from typing import Literal, TypeAlias
 
 from msgspec import Struct
 
-from ..core.rules import Target
+from ..core.rules import PROXY_MARK, Target
 from ..core.values import Family, Protocol
 
 State: TypeAlias = Literal["", "NEW", "!ESTABLISHED", "DNAT", "!DNAT"]
@@ -46,6 +46,7 @@ class Entry(Struct, frozen=True):
     :ivar sourceLocal: only from addresses of this node.
     :ivar destinationLocal: only to addresses of this node.
     :ivar state: of the connection, a condition for the conntrack match.
+    :ivar unmarked: only what does not carry the proxy's own mark.
     :ivar target: where to: rewrite the destination, or one of the words above, or a chain.
     """
 
@@ -59,6 +60,7 @@ class Entry(Struct, frozen=True):
     sourceLocal: bool = False
     destinationLocal: bool = False
     state: State = ""
+    unmarked: bool = False
 
 
 def sanitised(comment: str) -> str:
@@ -90,6 +92,7 @@ _PORTS_SIZE = 48
 _SCTP_SIZE = 328
 _ADDRTYPE_SIZE = 40
 _CONNTRACK_SIZE = 200
+_MARK_SIZE = 48
 _LOCAL = 1 << 2  # XT_ADDRTYPE_LOCAL is 1 << RTN_LOCAL
 _CT_STATE = 1  # XT_CONNTRACK_STATE
 _CT_BITS = {"NEW": 8, "ESTABLISHED": 2, "DNAT": 128}
@@ -132,6 +135,10 @@ def _conntrack(state: State) -> bytes:
     return _extension("conntrack", 3, data, _CONNTRACK_SIZE)
 
 
+#: mark, mask, invert
+_UNMARKED = _extension("mark", 1, struct.pack("=IIB", PROXY_MARK, PROXY_MARK, 1), _MARK_SIZE)
+
+
 @lru_cache(maxsize=16384)
 def _target(family: Family, target: Target | str) -> bytes:
     if isinstance(target, Target):
@@ -166,6 +173,8 @@ def pack(entry: Entry) -> bytes:
         matches += _addrtype(entry.sourceLocal, entry.destinationLocal)
     if entry.state:
         matches += _conntrack(entry.state)
+    if entry.unmarked:
+        matches += _UNMARKED
     target = _target(family, entry.target)
     at = HEAD[family] + len(matches)
     end = at + len(target)
@@ -240,7 +249,7 @@ def _parse(family: Family, data: bytes) -> Entry:
         destination = socket.inet_ntop(_AF[family], data[width : 2 * width])
     at, _ = _OFFSETS.unpack_from(data, _NFCACHE[family] + 4)
     position = HEAD[family]
-    comment, protocol, port, sourceLocal, destinationLocal, state = "", None, 0, False, False, ""
+    comment, protocol, port, sourceLocal, destinationLocal, state, unmarked = "", None, 0, False, False, "", False
     while position < at:
         size, raw, _ = _EXTENSION.unpack_from(data, position)
         name = raw.split(b"\0", 1)[0]
@@ -256,6 +265,8 @@ def _parse(family: Family, data: bytes) -> Entry:
             sourceLocal, destinationLocal = kinds[0] == _LOCAL, kinds[1] == _LOCAL
         elif name == b"conntrack":
             state = _stateIn(data, inside)
+        elif data[position : position + size] == _UNMARKED:
+            unmarked = True
         else:
             raise UnknownBytes(f"it has a match {name!r}")
         if size < _EXTENSION.size:
@@ -263,7 +274,7 @@ def _parse(family: Family, data: bytes) -> Entry:
         position += size
     return Entry(
         family, comment, _targetIn(family, data, at), source, destination, protocol, port, sourceLocal,
-        destinationLocal, state,  # type: ignore[arg-type]
+        destinationLocal, state, unmarked,  # type: ignore[arg-type]
     )  # fmt: skip
 
 

@@ -19,11 +19,11 @@ from typing import Any
 
 from msgspec import Struct
 
-from ..core.rules import Guard, Rule, Target
-from ..core.values import FAMILIES, Family, FrontendKey, Protocol
+from ..core.values import FAMILIES, Family
 from . import xttables
 from .xtbytes import Entry, pack
-from .xtlayout import CHAINS, JUMPS, TABLES, TableName, guardEntries, insiderEntries, ruleEntries
+from .xtlayout import CHAINS, JUMPS, TABLES, TableName
+from .xtshapes import sctpShapes, shapes
 
 _CLONE_NEWNET = 0x40000000
 _PR_SET_PDEATHSIG = 1
@@ -61,31 +61,6 @@ class Checked(Struct, frozen=True):
         if self.sctp:
             words += f"; no SCTP: {next(iter(self.sctp.values()))}"
         return words
-
-
-def shapes(family: Family) -> list[tuple[TableName, str, Entry]]:
-    """One rule of each shape that is ever written, without SCTP."""
-    four = family == "IPv4"
-    address, cidr, node = ("192.0.2.1", "10.0.0.0/9", "192.0.2.9") if four else ("2001:db8::1", "fd00::/57", "fd00::9")
-    one, two = Target(node, 40001), Target(node, 40002)
-    rules = (Rule(one, two), Rule("reject", "drop"), Rule("drop", one), Rule(one, "reject"))
-    keys = (FrontendKey(family, "TCP", address, 80), FrontendKey(family, "UDP", "", 30080))
-    entries = [it for key in keys for rule in rules for it in ruleEntries(key, rule, [cidr])]
-    protocols: tuple[Protocol, ...] = ("TCP", "UDP")
-    for protocol in protocols:
-        for entry in guardEntries(Guard(family, protocol, 40001)):
-            entries.append(("filter", "KPROXY-GUARD", entry))
-    entries += [("nat", "KPROXY-INSIDERS", entry) for entry in insiderEntries(family, [cidr])]
-    return entries
-
-
-def sctpShapes(family: Family) -> list[tuple[TableName, str, Entry]]:
-    """The same for SCTP, which many kernels have no match for."""
-    key = FrontendKey(family, "SCTP", "", 30080)
-    node = "192.0.2.9" if family == "IPv4" else "fd00::9"
-    rules = (Rule(Target(node, 4), Target(node, 4)), Rule("drop", "drop"))
-    entries = [it for rule in rules for it in ruleEntries(key, rule, ())]
-    return entries + [("filter", "KPROXY-GUARD", it) for it in guardEntries(Guard(family, "SCTP", 4))]
 
 
 def run() -> Checked:

@@ -3,69 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 
-from msgspec import Struct
-
-from ..core.rules import Delta, Ruleset
-from ..core.values import Family, FrontendKey
-from .xtbytes import UnknownBytes, normalised, pack
-from .xtlayout import CHAINS, GUARD, REFUSE, Content, TableName, guardEntries, insidersOf, ruleEntries
+from ..core.values import Family
+from .xtbytes import UnknownBytes, normalised, parse
+from .xtlayout import CHAINS, GUARD, REFUSE, Content
+from .xtsteps import flat, mendOf
 from .xttables import LiveTable
 
 
-class Edits(Struct):
-    """What a delta means for the chains of one family: ``(chain, bytes)``."""
+def writeAll(table: LiveTable, content: dict[str, list[bytes]], mend: bool = False) -> None:
+    """
+    Exactly this, in our chains; with the rules that lead to them.
 
-    natGone: list[tuple[str, bytes]]
-    natNew: list[tuple[str, bytes]]
-    filterGone: list[tuple[str, bytes]]
-    filterNew: list[tuple[str, bytes]]
-    guardsNew: list[tuple[str, bytes]]
-
-
-def editsOf(family: Family, old: Ruleset, new: Ruleset, changed: Delta) -> Edits:
-    """What has to go from the chains and what to come; what a rule keeps stays where it is, with its counters."""
-    edits = Edits([], [], [], [], [])
-    own = insidersOf(family, new.insiders)
-
-    def packed(key: FrontendKey, ruleset: Ruleset) -> dict[tuple[TableName, str], list[bytes]]:
-        rule = ruleset.rules.get(key)
-        chains: dict[tuple[TableName, str], list[bytes]] = {}
-        for table, chain, entry in ruleEntries(key, rule, own) if rule else ():
-            chains.setdefault((table, chain), []).append(pack(entry))
-        return chains
-
-    for key in changed.rules:
-        if key.family == family:
-            before, after = packed(key, old), packed(key, new)
-            for where in before.keys() | after.keys():
-                gone, come = before.get(where, []), after.get(where, [])
-                if gone != come:
-                    table, chain = where
-                    (edits.natGone if table == "nat" else edits.filterGone).extend((chain, it) for it in gone)
-                    (edits.natNew if table == "nat" else edits.filterNew).extend((chain, it) for it in come)
-    for guard in sorted(new.guards - old.guards):
-        if guard.family == family:
-            edits.guardsNew.extend((GUARD, pack(entry)) for entry in guardEntries(guard))
-    for guard in sorted(old.guards - new.guards):
-        if guard.family == family:
-            edits.filterGone.extend((GUARD, pack(entry)) for entry in guardEntries(guard))
-    return edits
-
-
-def writeAll(table: LiveTable, content: dict[str, list[bytes]]) -> None:
-    """Exactly this, in our chains; with the rules that lead to them."""
+    :param mend: touch no rule that is as it shall be.
+    """
     table.removeOwn(keep=CHAINS[table.name])
+    if mend:
+        it = mendOf(_present(table), content, partial(_frontend, table.family))
+        edit(table, flat(it.gone), flat(it.come))
+        content = {chain: content[chain] for chain in it.whole}
     for chain, entries in content.items():
         table.clear(chain)
         table.append(chain, entries)
     table.placeJumps()
 
 
-def guardsFirst(table: LiveTable, content: Content) -> None:
+def _present(table: LiveTable) -> dict[str, list[bytes]]:
+    """The chains that can be understood."""
+    found: dict[str, list[bytes]] = {}
+    for chain in table.ownChains():
+        try:
+            found[chain] = [normalised(table.family, data) for data, _ in table.rules(chain)]
+        except UnknownBytes:
+            continue
+    return found
+
+
+def _frontend(family: Family, data: bytes) -> object:
+    entry = parse(family, data)
+    return entry.destination, entry.protocol, entry.port
+
+
+def guardsFirst(table: LiveTable, content: Content[bytes], mend: bool = False) -> None:
     """Before anything leads to a port of the proxy, it is guarded. Guards that shall go stay for now."""
     if not table.isChain(GUARD) or not table.isChain(REFUSE):
-        writeAll(table, content.filter)
+        writeAll(table, content.filter, mend)
         return
     present = set()
     for data, _ in table.rules(GUARD):

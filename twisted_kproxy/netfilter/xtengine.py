@@ -19,21 +19,24 @@ import msgspec
 from msgspec import Struct
 
 from ..core.rules import Delta, Ruleset, applied
-from ..core.values import FAMILIES, Family
+from ..core.values import FAMILIES, Family, FrontendKey
 from . import xttables
-from .xtbytes import UnknownBytes
+from .ruleset import Invalid
+from .xtbytes import UnknownBytes, pack
 from .xtcheck import Checked, run
-from .xtedits import Edits, edit, editsOf, guardsFirst, remove, writeAll
+from .xtedits import edit, guardsFirst, remove, writeAll
 from .xtlayout import (
     TABLES,
     Content,
-    Invalid,
     TableName,
     check,
     familiesOf,
+    joined,
     reconstruct,
     render,
 )
+from .xtshapes import lacking
+from .xtsteps import Edits, editsOf
 from .xttables import Busy, Collision, Gone, LiveTable, Refused
 from .xtwire import Reply, Request
 
@@ -41,6 +44,14 @@ from .xtwire import Reply, Request
 RETRIES = 5
 #: From so many changed frontends on, and an eighth of all, chains are written anew: a deletion walks the chain.
 BULK = 256
+
+
+class Lacking(Refused):
+    """This machine lacks something that these rules need."""
+
+    def __init__(self, text: str, frontends: frozenset[FrontendKey]) -> None:
+        super().__init__(text)
+        self.frontends = frontends
 
 
 class Step(Struct, frozen=True):
@@ -61,6 +72,7 @@ class Engine:
         self._tables: dict[tuple[Family, TableName], LiveTable] = {}
         self._counts: dict[tuple[Family, TableName], tuple[int, int] | None] = {}
         self._checked: Checked | None = None
+        self._mend = False  # what is there could not be understood; what is good of it is to be kept
         self._torn = False  # some tables were written and others not; steps have to wait for a whole
         self._waited = self._held = 0.0
 
@@ -69,10 +81,14 @@ class Engine:
         self._waited = self._held = 0.0
         try:
             reply = self._act(request)
-        except (Busy, Refused, Invalid, UnknownBytes) as error:
+        except Lacking as error:
+            reply = Reply(error=str(error), refused=error.frontends)
+        except Busy as error:
+            reply = Reply(error=str(error), unjudged=True)
+        except (Refused, Invalid, UnknownBytes) as error:
             reply = Reply(error=str(error))
         except OSError as error:
-            reply = Reply(error=f"the tables cannot be changed: {error}")
+            reply = Reply(error=f"the tables cannot be changed: {error}", unjudged=True)
         except iptc.XTablesError as error:
             # libxtables leaves by a longjmp over Python's frames: nothing in this process can be trusted any more.
             reply = Reply(error=f"libxtables: {error}", leaving=True)
@@ -120,7 +136,7 @@ class Engine:
 
     def _adopt(self) -> Ruleset | None:
         """What is in force; needs no lock, since each table is read in one piece."""
-        self.state, self._families = None, set()
+        self.state, self._families, self._mend = None, set(), False
         self._count()
         found: dict[Family, Ruleset] = {}
         try:
@@ -129,14 +145,11 @@ class Engine:
                 if it is not None:
                     found[family] = it
         except UnknownBytes:
+            self._mend = True
             return None
-        insiders = {it.insiders for it in found.values()}
-        if len(insiders) != 1:  # nothing there, or two families that were written at different times
-            return None
-        rules = {key: rule for it in found.values() for key, rule in it.rules.items()}
-        guards = frozenset(guard for it in found.values() for guard in it.guards)
-        self._families = set(found)
-        self.state = Ruleset(rules, guards, insiders.pop())
+        self.state = joined(found)
+        if self.state is not None:
+            self._families = set(found)
         return self.state
 
     def _adoptFamily(self, family: Family) -> Ruleset | None:
@@ -187,7 +200,7 @@ class Engine:
     def _replace(self, ruleset: Ruleset, lockSeconds: float) -> tuple[str, ...]:
         check(ruleset)
         self._commit(lambda: self._replaceSteps(ruleset), lockSeconds)
-        self.state, self._torn = ruleset, False
+        self.state, self._torn, self._mend = ruleset, False, False
         return ()
 
     def _apply(self, delta: Delta, lockSeconds: float) -> tuple[str, ...]:
@@ -203,7 +216,7 @@ class Engine:
         if bulk or new.insiders != old.insiders or not familiesOf(new) <= self._families:
             self._commit(lambda: self._replaceSteps(new), lockSeconds)
         else:
-            edits = {family: editsOf(family, old, new, changed) for family in self._families}
+            edits = {family: editsOf(family, old, new, changed, pack) for family in self._families}
             self._ensureCan(Ruleset({key: rule for key, rule in changed.rules.items() if rule}, new.guards))
             self._commit(lambda: self._applySteps(edits), lockSeconds)
         self.state = new
@@ -212,14 +225,9 @@ class Engine:
     def _ensureCan(self, ruleset: Ruleset) -> None:
         """:raise Refused: where this machine lacks something that these rules need."""
         checked = self._ensureChecked()
-        if not checked.missing and not checked.sctp:
-            return
-        needs = [(key.family, key.protocol, str(key)) for key in ruleset.rules]
-        needs += [(it.family, it.protocol, f"guard {it.port}/{it.protocol}") for it in ruleset.guards]
-        for family, protocol, what in needs:
-            reason = checked.missing.get(family) or (checked.sctp.get(family) if protocol == "SCTP" else "")
-            if reason:
-                raise Refused(f"{what}: {reason}")
+        reason, frontends = lacking(ruleset, checked.missing, checked.sctp)
+        if reason:
+            raise Lacking(reason, frontends)
 
     def _replaceSteps(self, ruleset: Ruleset) -> list[Step]:
         self._ensureCan(ruleset)
@@ -227,11 +235,12 @@ class Engine:
         steps = []
         for family in FAMILIES:
             if family in wanted:
-                content = render(ruleset, family)
+                content: Content[bytes] = render(ruleset, family)
                 nat, filters = self._table(family, "nat"), self._table(family, "filter")
-                steps.append(Step(filters, partial(guardsFirst, content=content)))
-                steps.append(Step(nat, partial(writeAll, content=content.nat)))
-                steps.append(Step(filters, partial(writeAll, content=content.filter)))
+                mend = self._mend
+                steps.append(Step(filters, partial(guardsFirst, content=content, mend=mend)))
+                steps.append(Step(nat, partial(writeAll, content=content.nat, mend=mend)))
+                steps.append(Step(filters, partial(writeAll, content=content.filter, mend=mend)))
             else:
                 steps += self._removeSteps(family)
         self._families = wanted
@@ -242,7 +251,7 @@ class Engine:
         missing = self._ensureChecked().missing
         return set([family for family in FAMILIES if family not in missing][:1])
 
-    def _applySteps(self, edits: dict[Family, Edits]) -> list[Step]:
+    def _applySteps(self, edits: dict[Family, Edits[bytes]]) -> list[Step]:
         steps = []
         for family, it in edits.items():
             nat, filters = self._table(family, "nat"), self._table(family, "filter")

@@ -17,21 +17,25 @@ interface may have none, and a local UDP client would not take the answer.
 REJECT works in these three hooks of filter only. So a node that does not forward answers nothing to others who dial a
 refused cluster IP, where the rules of nf_tables would.
 
+What the proxy itself sends to an endpoint carries a mark (:data:`~twisted_kproxy.core.rules.PROXY_MARK`). It is not
+led to the chains of OUTPUT; nor to those that refuse in INPUT, where it arrives when the endpoint is on this node.
+
 ``KPROXY-INSIDERS`` is led to by nothing. Its rules' comments keep the pod networks for whoever reads the state back.
 """
 
 from __future__ import annotations
 
 import re
-import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from ipaddress import ip_network
-from typing import Literal
+from typing import Generic, Literal, TypeVar
 
 from msgspec import Struct
 
 from ..core.rules import Guard, Rule, Ruleset, Target, Verdict
 from ..core.values import Family, FrontendKey, Protocol
+from .ruleset import Invalid, checkPort, checkRule
+from .slices import Slices, finish
 from .xtbytes import ACCEPT, DROP, REJECT, RESET, RETURN, Entry, UnknownBytes, pack, parse, sanitised
 
 PREFIX = "KPROXY-"
@@ -43,6 +47,8 @@ INSIDERS = "KPROXY-INSIDERS"
 GUARD = "KPROXY-GUARD"
 REFUSE = "KPROXY-REFUSE"
 
+_T = TypeVar("_T")
+
 TableName = Literal["nat", "filter"]
 TABLES: tuple[TableName, ...] = ("nat", "filter")
 CHAINS: dict[TableName, tuple[str, ...]] = {
@@ -52,7 +58,10 @@ CHAINS: dict[TableName, tuple[str, ...]] = {
 
 
 class Jump(Struct, frozen=True):
-    """A rule of a built-in chain that leads to one of ours. ``last``: behind everybody else's, not before."""
+    """
+    A rule of a built-in chain that leads to one of ours. ``last``: behind everybody else's, not before; ``others``:
+    not what the proxy itself sends.
+    """
 
     table: TableName
     hook: str
@@ -61,10 +70,18 @@ class Jump(Struct, frozen=True):
     last: bool = False
     destinationLocal: bool = False
     state: Literal["", "NEW", "!ESTABLISHED"] = ""
+    others: bool = False
 
     def entry(self, family: Family) -> Entry:
         """The rule itself."""
-        return Entry(family, self.comment, self.chain, destinationLocal=self.destinationLocal, state=self.state)
+        return Entry(
+            family,
+            self.comment,
+            self.chain,
+            destinationLocal=self.destinationLocal,
+            state=self.state,
+            unmarked=self.others,
+        )
 
 
 _PORTALS, _NODEPORTS = "kproxy service addresses", "kproxy node ports: after service addresses"
@@ -72,12 +89,12 @@ _PORTALS, _NODEPORTS = "kproxy service addresses", "kproxy node ports: after ser
 JUMPS: tuple[Jump, ...] = (
     Jump("nat", "PREROUTING", PORTALS_CONTAINER, _PORTALS),
     Jump("nat", "PREROUTING", NODEPORT_CONTAINER, _NODEPORTS, last=True, destinationLocal=True),
-    Jump("nat", "OUTPUT", PORTALS_HOST, _PORTALS),
-    Jump("nat", "OUTPUT", NODEPORT_HOST, _NODEPORTS, last=True, destinationLocal=True),
+    Jump("nat", "OUTPUT", PORTALS_HOST, _PORTALS, others=True),
+    Jump("nat", "OUTPUT", NODEPORT_HOST, _NODEPORTS, last=True, destinationLocal=True, others=True),
     Jump("filter", "INPUT", GUARD, "kproxy own ports", state="!ESTABLISHED"),
-    Jump("filter", "INPUT", REFUSE, "kproxy refused services", state="NEW"),
+    Jump("filter", "INPUT", REFUSE, "kproxy refused services", state="NEW", others=True),
     Jump("filter", "FORWARD", REFUSE, "kproxy refused services", state="NEW"),
-    Jump("filter", "OUTPUT", REFUSE, "kproxy refused services", state="NEW"),
+    Jump("filter", "OUTPUT", REFUSE, "kproxy refused services", state="NEW", others=True),
 )
 HOOKS: dict[TableName, tuple[str, ...]] = {
     "nat": ("PREROUTING", "OUTPUT"),
@@ -85,23 +102,27 @@ HOOKS: dict[TableName, tuple[str, ...]] = {
 }
 
 
-class Invalid(ValueError):
-    """A ruleset that cannot be written; the text names the object."""
-
-
 # --- from a ruleset --------------------------------------------------------------------------------------------------
 
 
 def check(ruleset: Ruleset) -> None:
+    """:func:`checking` at once."""
+    finish(checking(ruleset))
+
+
+def checking(ruleset: Ruleset) -> Slices[None]:
     """
+    Judge a ruleset, in slices.
+
     :raise Invalid: naming what is wrong. What passes can be packed, and the kernel has no reason to refuse it.
     """
     for cidr in ruleset.insiders:
         checkInsider(cidr)
     for guard in ruleset.guards:
-        _checkPort(guard.port, f"guard {guard.protocol}")
+        checkPort(guard.port, f"guard {guard.protocol}")
     for key, rule in ruleset.rules.items():
         checkRule(key, rule)
+        yield
 
 
 def checkInsider(cidr: str) -> None:
@@ -112,36 +133,6 @@ def checkInsider(cidr: str) -> None:
         raise Invalid(f"the pod network {cidr!r} is no network: {error}") from None
     if canonical != cidr:
         raise Invalid(f"the pod network {cidr!r} must be written {canonical!r}")
-
-
-def checkRule(key: FrontendKey, rule: Rule) -> None:
-    """:raise Invalid: naming the frontend."""
-    if key.address:
-        _checkAddress(key.family, key.address, str(key))
-    _checkPort(key.port, str(key))
-    for verdict in (rule.outside, rule.inside):
-        if isinstance(verdict, Target):
-            _checkAddress(key.family, verdict.address, f"{key} leads to {verdict.address!r}, which")
-            _checkPort(verdict.port, f"the target of {key}")
-        elif verdict not in ("reject", "drop"):
-            raise Invalid(f"{key} has an unknown verdict {verdict!r}")
-
-
-def _checkAddress(family: Family, address: str, what: str) -> None:
-    af = socket.AF_INET if family == "IPv4" else socket.AF_INET6
-    try:
-        packed = socket.inet_pton(af, address)
-    except (OSError, ValueError):
-        raise Invalid(f"{what} is no {family} address") from None
-    if not any(packed):
-        raise Invalid(f"{what} is the unspecified address")
-    if socket.inet_ntop(af, packed) != address:
-        raise Invalid(f"{what} must be written {socket.inet_ntop(af, packed)!r}")
-
-
-def _checkPort(port: int, what: str) -> None:
-    if not 0 < port < 65536:
-        raise Invalid(f"{what}: {port} is no port")
 
 
 def ruleEntries(key: FrontendKey, rule: Rule, insiders: Iterable[str]) -> Iterator[tuple[TableName, str, Entry]]:
@@ -157,14 +148,16 @@ def ruleEntries(key: FrontendKey, rule: Rule, insiders: Iterable[str]) -> Iterat
         return Entry(family, comment, target, source, key.address, key.protocol, key.port, fromNode, toNode)
 
     outside, inside = rule.outside, rule.inside
+    # Who is refused is not rewritten by what follows: an address that is refused may be the node's own, and its port a
+    # node port of another Service.
+    refused = ACCEPT if key.address else RETURN
     if inside != outside and (isinstance(inside, Target) or isinstance(outside, Target)):
-        # Insiders who are refused leave the chain before it rewrites what they sent.
         for cidr in insiders:
-            yield "nat", container, entry(inside if isinstance(inside, Target) else RETURN, cidr)
-    if isinstance(outside, Target):
-        yield "nat", container, entry(outside)
-    if isinstance(inside, Target):
-        yield "nat", host, entry(inside)
+            yield "nat", container, entry(inside if isinstance(inside, Target) else refused, cidr)
+    if isinstance(outside, Target) or key.address:
+        yield "nat", container, entry(outside if isinstance(outside, Target) else refused)
+    if isinstance(inside, Target) or key.address:
+        yield "nat", host, entry(inside if isinstance(inside, Target) else refused)
     # Packets that were rewritten no longer go to the frontend: where one side is served, one rule for the other is
     # enough. A node port is a port of the node's own addresses and of no other's.
     toNode = not key.address
@@ -222,13 +215,13 @@ def insidersOf(family: Family, insiders: Iterable[str]) -> tuple[str, ...]:
     return tuple(own)
 
 
-class Content(Struct, frozen=True):
-    """What the chains of one family hold: chain → bytes of each rule."""
+class Content(Struct, Generic[_T], frozen=True):
+    """What the chains of one family hold: chain → each rule, as bytes or in another form."""
 
-    nat: dict[str, list[bytes]]
-    filter: dict[str, list[bytes]]
+    nat: dict[str, list[_T]]
+    filter: dict[str, list[_T]]
 
-    def of(self, table: TableName) -> dict[str, list[bytes]]:
+    def of(self, table: TableName) -> dict[str, list[_T]]:
         return self.nat if table == "nat" else self.filter
 
 
@@ -237,18 +230,22 @@ def familiesOf(ruleset: Ruleset) -> set[Family]:
     return {key.family for key in ruleset.rules} | {guard.family for guard in ruleset.guards}
 
 
-def render(ruleset: Ruleset, family: Family) -> Content:
-    """Everything that a ruleset means for a family."""
-    content = Content({chain: [] for chain in CHAINS["nat"]}, {chain: [] for chain in CHAINS["filter"]})
+def render(ruleset: Ruleset, family: Family, form: Callable[[Entry], _T] = pack) -> Content[_T]:  # type: ignore[assignment]
+    """
+    Everything that a ruleset means for a family.
+
+    :param form: what a rule is written as.
+    """
+    content: Content[_T] = Content({chain: [] for chain in CHAINS["nat"]}, {chain: [] for chain in CHAINS["filter"]})
     own = insidersOf(family, ruleset.insiders)
     for key, rule in ruleset.rules.items():
         if key.family == family:
             for table, chain, entry in ruleEntries(key, rule, own):
-                content.of(table)[chain].append(pack(entry))
+                content.of(table)[chain].append(form(entry))
     for guard in sorted(ruleset.guards):
         if guard.family == family:
-            content.filter[GUARD].extend(pack(entry) for entry in guardEntries(guard))
-    content.nat[INSIDERS].extend(pack(entry) for entry in insiderEntries(family, ruleset.insiders))
+            content.filter[GUARD].extend(form(entry) for entry in guardEntries(guard))
+    content.nat[INSIDERS].extend(form(entry) for entry in insiderEntries(family, ruleset.insiders))
     return content
 
 
@@ -258,9 +255,10 @@ def render(ruleset: Ruleset, family: Family) -> Content:
 class _Found:
     """What the chains say of one frontend."""
 
-    __slots__ = ("container", "fromNode", "host", "refuse")
+    __slots__ = ("closed", "container", "fromNode", "host", "refuse")
 
     def __init__(self) -> None:
+        self.closed = False  # a rule for everybody was seen: none may follow
         self.container: Target | None = None
         self.host: Target | None = None
         self.fromNode: str = ""
@@ -283,7 +281,7 @@ def _verdict(word: str, key: FrontendKey) -> Verdict:
 _INSIDER = re.compile(r"kproxy insider (\S+)")
 
 
-def reconstruct(family: Family, found: Content) -> Ruleset:
+def reconstruct(family: Family, found: Content[bytes]) -> Ruleset:
     """
     The ruleset that these chains were made from.
 
@@ -301,8 +299,10 @@ def reconstruct(family: Family, found: Content) -> Ruleset:
         for data in found.nat[chain]:
             entry = parse(family, data)
             it = frontends.setdefault(_keyOf(entry), _Found())
-            if it.container is not None and chain in (PORTALS_CONTAINER, NODEPORT_CONTAINER):
-                raise UnknownBytes(f"a rule of {chain} is never reached: {entry.comment}")
+            if chain in (PORTALS_CONTAINER, NODEPORT_CONTAINER):
+                if it.closed:
+                    raise UnknownBytes(f"a rule of {chain} is never reached: {entry.comment}")
+                it.closed = not entry.source
             if entry.source or not isinstance(entry.target, Target):
                 continue  # an insider's; the comparison below tells whether it is right
             if chain in (PORTALS_HOST, NODEPORT_HOST):
@@ -340,7 +340,7 @@ def _keyOf(entry: Entry) -> FrontendKey:
     return FrontendKey(entry.family, entry.protocol, entry.destination, entry.port)
 
 
-def _same(family: Family, found: Content, expected: Content) -> None:
+def _same(family: Family, found: Content[bytes], expected: Content[bytes]) -> None:
     """Of rules of different frontends the order does not matter; that within one was looked at before."""
     for table in TABLES:
         for chain in CHAINS[table]:
@@ -349,3 +349,14 @@ def _same(family: Family, found: Content, expected: Content) -> None:
     # A guard's two rules exclude each other; the networks' order is kept by their chain.
     if found.nat[INSIDERS] != expected.nat[INSIDERS]:
         raise UnknownBytes(f"{INSIDERS} is out of order")
+
+
+def joined(found: Mapping[Family, Ruleset]) -> Ruleset | None:
+    """
+    What both families say together; ``None`` where that is nothing, or where they were written at different times.
+    """
+    insiders = {it.insiders for it in found.values()}
+    if len(insiders) != 1:
+        return None
+    rules = {key: rule for it in found.values() for key, rule in it.rules.items()}
+    return Ruleset(rules, frozenset(guard for it in found.values() for guard in it.guards), insiders.pop())

@@ -24,7 +24,7 @@ from typing import Any
 import iptc
 import iptc.ip4tc
 
-from ..core.rules import Target
+from ..core.rules import PROXY_MARK, Target
 from ..core.values import Family
 from .xtbytes import REJECT, RESET, Entry, UnknownBytes, normalised, pack
 from .xtlayout import CHAINS, HOOKS, JUMPS, PREFIX, Jump, TableName
@@ -166,6 +166,8 @@ def ruleOf(entry: Entry, table: Any) -> Any:
             match.set_parameter("dst-type", "LOCAL")
     if entry.state:
         rule.create_match("conntrack").set_parameter("ctstate", entry.state)
+    if entry.unmarked:
+        rule.create_match("mark").set_parameter("mark", f"!{PROXY_MARK:#x}/{PROXY_MARK:#x}")
     if isinstance(entry.target, Target):
         host = f"[{entry.target.address}]" if entry.family == "IPv6" else entry.target.address
         rule.create_target("DNAT").set_parameter("to-destination", f"{host}:{entry.target.port}")

@@ -59,6 +59,8 @@ class Reply(Struct, frozen=True, omit_defaults=True):
 
     :ivar error: what went wrong, for an operator to read; empty where nothing did.
     :ivar unavailable: the error is about this machine, not about what was asked for.
+    :ivar refused: the frontends that the error is about, where that is known.
+    :ivar unjudged: nobody got to judge the rules.
     :ivar leaving: the worker ends after this reply; start another one.
     :ivar text: for ``check``: what was found.
     :ivar changed: for ``peek``: somebody else was at our rules; for ``cleanup``: there was something.
@@ -70,6 +72,8 @@ class Reply(Struct, frozen=True, omit_defaults=True):
 
     error: str = ""
     unavailable: bool = False
+    refused: frozenset[FrontendKey] = frozenset()
+    unjudged: bool = False
     leaving: bool = False
     text: str = ""
     changed: bool = False

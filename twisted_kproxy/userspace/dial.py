@@ -11,7 +11,7 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from ..core.values import Endpoint
-from .sockets import EXHAUSTED, familyOf, pendingError, resetClose, tune
+from .sockets import EXHAUSTED, familyOf, markOwn, pendingError, resetClose, tune
 
 _REASONS = {
     errno.ECONNREFUSED: "refused",
@@ -183,6 +183,7 @@ class Dialer:
         sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
             tune(sock)
+            markOwn(sock)
             number = sock.connect_ex((endpoint.address, endpoint.port))
             if number in (0, errno.EINPROGRESS):
                 # On this node the handshake is over by the time that connect() returns.

@@ -8,8 +8,12 @@ import socket
 import struct
 
 from twisted.internet.error import CannotListenError
+from twisted.logger import Logger
 
+from ..core.rules import PROXY_MARK
 from ..core.values import Family
+
+_log = Logger()
 
 #: Of a listening TCP socket; the kernel takes the smaller of this and ``net.core.somaxconn``.
 BACKLOG = 4096
@@ -45,6 +49,31 @@ def tune(sock: socket.socket) -> None:
     """No Nagle delay; keepalive probes after 60 s of silence, 4 of them, 15 s apart."""
     for level, option, value in _TUNING:
         sock.setsockopt(level, option, value)
+
+
+class _Marking:
+    """Whether the lack of the privilege was told already."""
+
+    told = False
+
+
+def markOwn(sock: socket.socket) -> None:
+    """
+    Mark what this socket sends as the proxy's own way to an endpoint (:data:`~twisted_kproxy.core.rules.PROXY_MARK`):
+    no rule of ours leads it anywhere else. To be called before connecting.
+
+    Needs CAP_NET_ADMIN (or CAP_NET_RAW, Linux 5.17 and later). Without it everything works but endpoints that are
+    frontends of this node as well; that is logged once.
+    """
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, PROXY_MARK)
+    except PermissionError:
+        if not _Marking.told:
+            _Marking.told = True
+            _log.warn(
+                "Connections to endpoints cannot be marked, for want of CAP_NET_ADMIN: an endpoint whose address and "
+                "port are a frontend as well leads back to this proxy, and is not served"
+            )
 
 
 def openListener(family: Family, port: int) -> socket.socket:

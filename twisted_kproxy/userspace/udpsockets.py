@@ -26,6 +26,7 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from ..core.values import Endpoint, Family
+from .sockets import markOwn
 
 #: The most that a UDP length field can say: nothing is ever truncated.
 LARGEST = 65535
@@ -277,6 +278,7 @@ class Sockets:
         family = socket.AF_INET6 if ":" in endpoint.address else socket.AF_INET
         skt = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
         try:
+            markOwn(skt)
             # Without it, "host unreachable" and its like never reach a UDP socket: an endpoint whose node is dead
             # would go unnoticed (RFC 1122 section 4.1.3.3 asks for it).
             if family == socket.AF_INET6:
