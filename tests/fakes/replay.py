@@ -7,19 +7,19 @@ which moment each request was made.
 from __future__ import annotations
 
 import random
-from bisect import bisect_right as bisect
+from bisect import bisect_left as bisect
 from collections.abc import Callable, Iterable
 from itertools import accumulate, pairwise
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 from msgspec import Struct
-from OpenSSL import SSL
 from twisted.internet import reactor as _reactor
 from twisted.internet.defer import Deferred
 from twisted.internet.endpoints import HostnameEndpoint
-from twisted.internet.interfaces import IOpenSSLServerConnectionCreator, IStreamClientEndpoint
+from twisted.internet.interfaces import IStreamClientEndpoint
 from twisted.internet.protocol import Factory, Protocol
+from twisted.internet.ssl import CertificateOptions
 from twisted.internet.task import Clock, deferLater
 from twisted.protocols.policies import ProtocolWrapper, WrappingFactory
 from twisted.protocols.tls import TLSMemoryBIOFactory
@@ -59,9 +59,10 @@ def anywhere(seed: int, count: int = 40) -> Callable[[list[Piece]], list[Piece]]
         lot = random.Random(seed)
         data = b"".join(data for _, data in pieces)
         ends = list(accumulate(len(piece) for _, piece in pieces))
-        borders = sorted({0, len(data), *(lot.randrange(len(data)) for _ in range(count))})
-        # Each at the time of its first byte.
-        return [(pieces[bisect(ends, start)][0], data[start:stop]) for start, stop in pairwise(borders)]
+        # Headers must not wait for what comes long after them.
+        borders = sorted({0, ends[0], len(data), *(lot.randrange(len(data)) for _ in range(count))})
+        # Each at the time of its last byte.
+        return [(pieces[bisect(ends, stop)][0], data[start:stop]) for start, stop in pairwise(borders)]
 
     return cut
 
@@ -241,15 +242,6 @@ class _Conversation(Protocol):
             self.transport.loseConnection()
 
 
-@implementer(IOpenSSLServerConnectionCreator)
-class _Creator:
-    def __init__(self, context: SSL.Context) -> None:
-        self._context = context
-
-    def serverConnectionForTLS(self, protocol: Any) -> SSL.Connection:
-        return SSL.Connection(self._context, None)
-
-
 @implementer(IStreamClientEndpoint)
 class _Endpoint:
     def __init__(self, server: ReplayServer, host: str, port: int, timeout: float) -> None:
@@ -272,13 +264,13 @@ class ReplayServer:
     A server for one test.
 
     :param clock: the client's; nothing else may move it on.
-    :param context: it speaks TLS.
+    :param tls: it speaks TLS, as this says.
     :ivar requests: those that came, in order.
     :ivar url: where it is.
     :ivar connecting: attempts to connect that have not come to an end.
     """
 
-    def __init__(self, clock: Clock, context: SSL.Context | None = None) -> None:
+    def __init__(self, clock: Clock, tls: CertificateOptions | None = None) -> None:
         self.clock = clock
         self.requests: list[Asked] = []
         self.connecting = 0
@@ -287,14 +279,14 @@ class ReplayServer:
         # By the port of the client: its side and the server's.
         self._pairs: dict[int, dict[str, _Side]] = {}
         factory: Any = Factory.forProtocol(self._converse)
-        if context is not None:
-            factory = TLSMemoryBIOFactory(_Creator(context), False, factory)
+        if tls is not None:
+            factory = TLSMemoryBIOFactory(tls, False, factory)
         factory.noisy = False
         self._port = reactor.listenTCP(
             0, _Sides(factory, lambda side: self._met(side.transport.getPeer().port, "server", side)),
             interface="127.0.0.1",
         )
-        self.url = f"{'http' if context is None else 'https'}://127.0.0.1:{self._port.getHost().port}"
+        self.url = f"{'http' if tls is None else 'https'}://127.0.0.1:{self._port.getHost().port}"
 
     def script(self, *answers: Answer | str | None, path: str = "") -> None:
         """
