@@ -55,7 +55,7 @@ class RefusalTests(ReplayCase):
         for name, told in REFUSALS.items():
             for cut in cutsOf(Recorded(name), ()):
                 rig = self.rig()
-                rig.start(*[answer(name, cut)] * 3, START)
+                rig.start(answer(name, cut), name, name, START)
                 self.assertEqual(await rig.asked(3), ["LIST 0"] * 3, name)
                 self.assertEqual([round(it, 1) for it in rig.times], [0.0, 0.8, 2.4], name)
                 self.assertIn(told, rig.status["lastError"], name)

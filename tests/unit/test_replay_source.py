@@ -79,7 +79,7 @@ class NewestTests(SourceCase):
 
     async def follow(self, *cut: Any, **options: Any) -> None:
         self.started(self.scripts(*cut), watchList="off", **options)
-        await self.until(lambda: len(self.server.requests) == 9)
+        await self.until(lambda: len(self.server.requests) >= 9)
         for path, name in ((SERVICES, "services-selectors"), (SLICES, "endpointslices-selectors"), (NODES, "node")):
             recording = Recording(name)
             self.assertEqual(self.asked(path), ["LIST 0", "WATCH 554", f"WATCH {recording.last}"])
@@ -101,7 +101,7 @@ class NewestTests(SourceCase):
             SLICES: ["v1.36/watches/endpointslices-watchlist"],
             NODES: ["v1.36/errors/422-send-initial-events", "v1.36/lists/node-list-fieldselector"],
         }, watchList="auto")
-        await self.until(lambda: len(self.server.requests) == 7)
+        await self.until(lambda: len(self.server.requests) >= 7)
         self.assertEqual(self.asked(SERVICES), ["STREAM", "WATCH 989"])
         self.assertEqual(self.asked(SLICES), ["STREAM", f"WATCH {Recording('endpointslices-watchlist').last}"])
         self.assertEqual(self.asked(NODES), ["STREAM", "LIST 0", "WATCH 506"])
@@ -114,11 +114,11 @@ class NewestTests(SourceCase):
         name = "v1.36/errors/startup-list-0-403"
         lists = {SERVICES: "services-selectors", SLICES: "endpointslices-selectors", NODES: "node-list-fieldselector"}
         self.started({path: [name] * 3 + [f"v1.36/lists/{it}"] for path, it in lists.items()}, watchList="off")
-        await self.until(lambda: len(self.server.requests) == 9)
+        await self.until(lambda: len(self.server.requests) >= 9)
         self.assertEqual(self.words.said, [])
         self.assertEqual(set(self.source.ages().values()), {None})
         self.assertIn("403 Forbidden", self.status("Service")["lastError"])
-        await self.until(lambda: len(self.server.requests) == 15)
+        await self.until(lambda: len(self.server.requests) >= 15)
         self.assertEqual(sorted(it.kind for it in self.words.said), ["EndpointSlice", "Node", "Service"])
         self.assertTrue(all(isinstance(it, Replaced) for it in self.words.said))
         self.assertEqual(self.state("Service"), listed("v1.36/lists/services-selectors"))
@@ -130,7 +130,7 @@ class WrongSchemeTests(SourceCase):
     async def test_plainHttpToTlsPort(self) -> None:
         """http:// before a port that speaks TLS: the status says so, in the server's own words."""
         self.started({path: ["v1.36/errors/plain-http-to-tls-port"] for path in (SERVICES, SLICES, NODES)})
-        await self.until(lambda: len(self.server.requests) >= 4)
+        await self.until(lambda: len(self.asked(SERVICES)) >= 2)
         self.assertIn("Client sent an HTTP request to an HTTPS server", self.status("Service")["lastError"])
 
 
@@ -152,9 +152,9 @@ class OldTests(SourceCase):
     async def test_all(self) -> None:
         """At once the older API, and lists: what is there is known before a second has passed; then it is followed."""
         self.started(self.scripts(), watchList="auto")
-        await self.until(lambda: len(self.words.said) == 3)
+        await self.until(lambda: len(self.words.said) >= 3)
         self.assertLess(self.clock.seconds(), 1.0)
-        await self.until(lambda: len(self.asked(OLD_SLICES)) == 4 and len(self.asked(SERVICES)) == 4)
+        await self.until(lambda: len(self.asked(OLD_SLICES)) >= 4 and len(self.asked(SERVICES)) >= 4)
         self.assertEqual(self.asked(SLICES), ["STREAM", "LIST 0"])
         self.assertEqual(self.asked(OLD_SLICES), ["STREAM", "LIST 0", "WATCH 326", "WATCH 410"])
         self.assertEqual(self.asked(SERVICES), [
@@ -174,7 +174,7 @@ class OldTests(SourceCase):
         for path in (SERVICES, NODES):
             scripts[path] += [silent] * 8
         self.started(scripts, watchList="auto")
-        await self.until(lambda: len(self.asked(SLICES)) == 6)
+        await self.until(lambda: len(self.asked(SLICES)) >= 6)
         probes = [it for it in self.server.requests if it.path == SLICES][2:4]
         self.assertEqual([it.query["limit"] for it in probes], ["1", "1"])
         self.assertTrue(600 <= probes[0].at < 700 and 1200 <= probes[1].at < 1310, [it.at for it in probes])
@@ -188,7 +188,7 @@ class OldTests(SourceCase):
         scripts[OLD_SLICES] = ["v1.36/errors/404-group", "v1.36/errors/404-group"]
         scripts[ENDPOINTS] = [self.REFUSED, "v1.20/watches/endpoints.start", "v1.20/watches/endpoints"]
         self.started(scripts, watchList="auto")
-        await self.until(lambda: len(self.asked(ENDPOINTS)) == 4)
+        await self.until(lambda: len(self.asked(ENDPOINTS)) >= 4)
         recording = Recording("endpoints", "v1.20")
         self.assertEqual(self.asked(ENDPOINTS), ["STREAM", "LIST 0", "WATCH 326", f"WATCH {recording.last}"])
         self.assertEqual(self.state("Endpoints"), recording.final())
@@ -219,10 +219,10 @@ class TlsTests(NewestTests):
         for answers in scripts.values():
             answers[1:] = ["v1.36/errors/401-bad-token", answers[0]]
         self.started(scripts, watchList="off")
-        await self.until(lambda: len(self.server.requests) == 6)
+        await self.until(lambda: len(self.server.requests) >= 6)
         self.write("two")
         said = len(self.words.said)
-        await self.until(lambda: len(self.server.requests) == 12)
+        await self.until(lambda: len(self.server.requests) >= 12)
         sent = [it.headers["authorization"] for it in self.server.requests]
         self.assertEqual(sent, ["Bearer one"] * 6 + ["Bearer two"] * 6)
         self.assertEqual(self.asked(SERVICES), ["LIST 0", "WATCH 554", "LIST 554", "WATCH 554"])
