@@ -2,16 +2,70 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl, urlsplit
 
 from msgspec import structs
 
 from twisted_kproxy.core import wire
 from twisted_kproxy.core.values import Kind
+from twisted_kproxy.sources.client import Resource
 
-WATCHES = Path(__file__).parent.parent / "fixtures" / "apiserver" / "v1.36" / "watches"
+ROOT = Path(__file__).parent.parent / "fixtures" / "apiserver"
+WATCHES = ROOT / "v1.36" / "watches"
+KINDS: dict[str, Kind] = {
+    "services": "Service", "endpointslices": "EndpointSlice", "endpoints": "Endpoints", "nodes": "Node",
+}
+
+
+class Recorded:
+    """
+    One answer.
+
+    :param name: with the folders, as ``v1.36/lists/services-rv0``.
+    :ivar response: as it was received, with its headers and chunk framing.
+    :ivar path: that was asked for.
+    :ivar query: that was asked.
+    :ivar pieces: the answer as it was received: seconds since the request, bytes.
+    :ivar cut: seconds after which the connection ended before the answer did; ``None`` where it did not.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.response = (ROOT / f"{name}.response").read_bytes()
+        target = (ROOT / f"{name}.request").read_text("latin-1").split(" ", 2)[1]
+        self.path = urlsplit(target).path
+        self.query = dict(parse_qsl(urlsplit(target).query, keep_blank_values=True))
+        self.pieces: list[tuple[float, bytes]] = [(0.0, self.response)]
+        self.cut: float | None = None
+        timing = ROOT / f"{name}.timing.json"
+        if timing.exists():
+            told = json.loads(timing.read_text())
+            cut = [(it["seconds"], self.response[it["offset"] : it["offset"] + it["length"]]) for it in told["recv"]]
+            self.pieces = [it for it in cut if it[1]]
+            if told["end"] != "complete":
+                self.cut = told["recv"][-1]["seconds"]
+
+    @property
+    def body(self) -> bytes:
+        """Without headers, framing and coding; of one that was cut, what there is."""
+        body = bodyOf(self.response)
+        return gzip.decompress(body) if body.startswith(b"\x1f\x8b") else body
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    @property
+    def resource(self) -> Resource:
+        """What was asked for, as a client of ours asks for it."""
+        return Resource(
+            KINDS[self.path.rpartition("/")[2]], self.path,
+            self.query.get("labelSelector", ""), self.query.get("fieldSelector", ""),
+        )
 
 
 class Recording:
@@ -25,20 +79,16 @@ class Recording:
     :ivar expected: events and final state.
     """
 
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.kind: Kind = "Service"
-        if name.startswith("endpointslices"):
-            self.kind = "EndpointSlice"
-        elif name.startswith("node"):
-            self.kind = "Node"
-        self.response = (WATCHES / f"{name}.response").read_bytes()
-        self.body = bodyOf(self.response)
-        start = WATCHES / f"{name}.start.response"
+    def __init__(self, name: str, version: str = "v1.36") -> None:
+        self.name = f"{version}/watches/{name}"
+        self.recorded = Recorded(self.name)
+        self.kind = self.recorded.resource.kind
+        self.response = self.recorded.response
+        self.body = self.recorded.body
+        self.segments = [data for _, data in self.recorded.pieces]
+        start = ROOT / f"{self.name}.start.response"
         self.start = start.read_bytes() if start.exists() else b""
-        timing = json.loads((WATCHES / f"{name}.timing.json").read_text())
-        self.segments = [self.response[it["offset"] : it["offset"] + it["length"]] for it in timing["recv"]]
-        expected = WATCHES / f"{name}.expected.json"
+        expected = ROOT / f"{self.name}.expected.json"
         self.expected: dict[str, Any] = json.loads(expected.read_text()) if expected.exists() else {}
 
     def final(self) -> dict[str, Any]:
@@ -54,10 +104,22 @@ class Recording:
             state[key] = comparable(wire.convert(self.kind, {**fields, "metadata": metadata}))
         return state
 
+    @property
+    def last(self) -> str:
+        """The resource version to watch from once it has ended."""
+        return max([self.expected["lastEventResourceVersion"],
+                    *(it["resourceVersion"] for it in self.expected["bookmarks"])], key=int)
 
-def names() -> list[str]:
+
+def names(version: str = "v1.36") -> list[str]:
     """The recordings of watches whose end is known."""
-    return sorted(path.name.removesuffix(".expected.json") for path in WATCHES.glob("*.expected.json"))
+    found = (ROOT / version / "watches").glob("*.expected.json")
+    return sorted(path.name.removesuffix(".expected.json") for path in found)
+
+
+def everyName() -> list[str]:
+    """Every recording there is."""
+    return sorted(str(path.relative_to(ROOT)).removesuffix(".response") for path in ROOT.rglob("*.response"))
 
 
 def comparable(it: Any) -> dict[str, Any]:

@@ -281,12 +281,17 @@ class ApiClient:
 
     async def _content(self, response: IResponse, limit: int, idle: float, total: float) -> bytes:
         parts: list[bytes] = []
-        body = Body(self._clock, parts.append, idle, limit, total, self._inflater(response))
+        await self._gather(parts.append, response, limit, idle, total)
+        return b"".join(parts)
+
+    def _gather(
+        self, received: Callable[[bytes], None], response: IResponse, limit: int, idle: float, total: float
+    ) -> Deferred[None]:
+        body = Body(self._clock, received, idle, limit, total, self._inflater(response))
         done = body.done
         assert done is not None
         response.deliverBody(body)  # type: ignore[no-untyped-call]
-        await done
-        return b"".join(parts)
+        return done
 
     @staticmethod
     def _inflater(response: IResponse) -> Inflater | None:
@@ -299,10 +304,14 @@ class ApiClient:
     async def _refusal(self, response: IResponse) -> errors.Denied:
         """The error that an answer with another code than 200 is."""
         where = _header(response, b"location")
+        parts: list[bytes] = []
         try:
-            body = await self._content(response, _ERROR_LIMIT, self.limits.error, self.limits.error)
+            await self._gather(parts.append, response, _ERROR_LIMIT, self.limits.error, self.limits.error)
         except KproxyError:
-            body = b""
+            # What came is still the best there is to tell: a TLS port answers plain HTTP with a line that ends with
+            # its connection.
+            pass
+        body = b"".join(parts)
         if 300 <= response.code < 400:
             # The credentials are for this server alone.
             where = errors.short(where.encode())

@@ -132,7 +132,7 @@ def denied(code: int, contentType: str, body: bytes, retryAfter: float | None = 
             status = wire.decodeStatus(body)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             message = "the answer cannot be read"
-    elif contentType.startswith("text/plain"):
+    elif not contentType or contentType.startswith("text/plain"):
         message = short(body)
     details = status.details or wire.StatusDetails()
     if retryAfter is None and details.retryAfterSeconds:
