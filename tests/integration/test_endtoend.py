@@ -421,3 +421,14 @@ class PythonIptablesTests(EndToEndTests, TestCase):
         saved = [self.rig.run("n0", [tool]).stdout for tool in ("iptables-legacy-save", "ip6tables-legacy-save")]
         lines = [line for text in saved for line in text.splitlines() if not line.startswith(("#", ":"))]
         return "\n".join(sorted(lines))
+
+
+class IptablesTests(EndToEndTests, TestCase):
+    """With rules by iptables-restore, of whichever variant the node has."""
+
+    writer = "iptables"
+
+    def rules(self) -> str:
+        saved = [self.rig.run("n0", [tool]).stdout for tool in ("iptables-save", "ip6tables-save")]
+        lines = [line for text in saved for line in text.splitlines() if not line.startswith(("#", ":"))]
+        return "\n".join(sorted(lines))
