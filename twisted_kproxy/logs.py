@@ -171,11 +171,13 @@ def useLevel(name: str) -> None:
 @provider(ILogFilterPredicate)
 def _isLoud(event: LogEvent) -> Any:
     """
-    Whether an event is written. What Twisted says of its own ports and factories in its older way (``X starting on
-    N``, for every socket) has no level of its own, and counts as debug.
+    Whether an event is written. What Twisted says of its own ports, factories and connections (``X starting on N``, for
+    every socket) is for debugging; what twistd says of itself is not.
     """
     level = _level(event)
-    if event.get("log_namespace") == "log_legacy" and level is LogLevel.info:
+    namespace = str(event.get("log_namespace") or "")
+    own = namespace == "log_legacy" or namespace.startswith("twisted.") and not namespace.startswith("twisted.scripts.")
+    if own and level is LogLevel.info:
         level = LogLevel.debug
     return PredicateResult.yes if level >= _threshold[0] else PredicateResult.no
 
