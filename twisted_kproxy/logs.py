@@ -176,8 +176,8 @@ def _isLoud(event: LogEvent) -> Any:
     """
     level = _level(event)
     namespace = str(event.get("log_namespace") or "")
-    own = namespace == "log_legacy" or namespace.startswith("twisted.") and not namespace.startswith("twisted.scripts.")
-    if own and level is LogLevel.info:
+    inside = namespace.startswith("twisted.") and not namespace.startswith("twisted.scripts.")
+    if (inside or namespace == "log_legacy") and level is LogLevel.info:
         level = LogLevel.debug
     return PredicateResult.yes if level >= _threshold[0] else PredicateResult.no
 
