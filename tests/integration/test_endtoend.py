@@ -172,6 +172,30 @@ class EndToEndTests(EndToEnd):
         it = self.world.make("hairpin", "p0a")
         self.expect("p0a", f"http://{it['spec']['clusterIP']}/", {"p0a"})
 
+    def test_endpointIsAFrontend(self) -> None:
+        """
+        An endpoint that is the Service's own ClusterIP, or a node port that leads back to it, is no loop: the client is
+        refused or times out, no connection is left over, and the neighbours serve.
+        """
+        other = self.world.make("neighbour", "p1a")
+        it = self.world.make("loop", type="NodePort", ports=[{"name": "http", "port": 80, "nodePort": 30105}])
+        host = it["spec"]["clusterIP"]
+        for address, number in ((host, 80), (self.rig.address("n0"), 30105)):
+            own = slices(self.rig, "loop", "p0a", ports=[{"name": "http", "port": number, "protocol": "TCP"}])[0]
+            own["endpoints"][0]["addresses"] = [address]
+            self.world.api.apply(own)
+            self.world.settle(
+                lambda status, wanted=f"{address}:{number}": wanted
+                in status["services"]["default/loop:http/TCP/IPv4"]["cluster"]["endpoints"]
+            )
+            before = self.descriptors()
+            self.assertIn("curl", self.world.curl("p0b", f"http://{host}/", 6))
+            waitFor(lambda before=before: self.descriptors() <= before + 2, 10)
+            self.expect("p0b", f"http://{other['spec']['clusterIP']}/", {"p1a"})
+
+    def descriptors(self) -> int:
+        return len(os.listdir(f"/proc/{self.world.daemon.pid}/fd"))
+
     def test_killedBackend(self) -> None:
         """One of three backends is gone and nobody has told: no request fails, and all go to the other two."""
         it = self.world.make("killed", "p0a", "p0b", "p1a")
@@ -409,7 +433,7 @@ class NftablesTests(EndToEndTests, TestCase):
         with open(f"/proc/{pid}/status", encoding="ascii") as file:
             found = re.search(r"VmRSS:\s+(\d+)", file.read())
         assert found is not None
-        return int(found[1]), len(os.listdir(f"/proc/{pid}/fd"))
+        return int(found[1]), self.descriptors()
 
 
 class PythonIptablesTests(EndToEndTests, TestCase):
