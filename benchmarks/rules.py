@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -304,9 +304,10 @@ async def lateness(reactor: Any) -> None:
                 for _ in range(busy)
             ]
             said = ""
+            maps = ServiceMap(), services(10_000), services(10_000, 25000)
             try:
                 with namespaces("late") as (space,), Lateness(reactor) as late:
-                    await follow(reactor, writerOf(reactor, name, space))
+                    await follow(reactor, writerOf(reactor, name, space), maps)
             finally:
                 for it in spinners:
                     it.kill()
@@ -325,11 +326,10 @@ def writerOf(reactor: Any, name: str, space: Namespace) -> Any:
     return RestoreWriter(reactor, "legacy", spawnPrefix=space.prefix, openSocket=space.socket)
 
 
-async def follow(reactor: Any, writer: Any) -> None:
+async def follow(reactor: Any, writer: Any, maps: Sequence[ServiceMap]) -> None:
     """The plane, from nothing to ten thousand service ports, to ten thousand others; each compared once."""
     plane = RulePlane(reactor, writer)
     await plane.start()
-    maps = ServiceMap(), services(10_000), services(10_000, 25000)
     for before, after in ((0, 1), (1, 1), (1, 2), (2, 2)):
         await plane.onUpdate(Update(maps[before], maps[after], before == after))
     await plane.stop(0)

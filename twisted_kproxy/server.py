@@ -83,10 +83,7 @@ class _Observer:
         notifier: Notifier,
         inForce: Callable[[], None] = lambda: None,
     ) -> None:
-        """
-        :param inForce: called once, when the first update is in force.
-        """
-        self._inForce: Callable[[], None] | None = inForce
+        self._inForce: Callable[[], None] | None = inForce  # called once, when the first update is
         self._cluster = cluster
         self._health = health
         self._metrics = metrics
@@ -346,10 +343,8 @@ class ProxyServer(MultiService):
         reactor waiting, for some hundred milliseconds with thousands of Services. Garbage of later on is found as ever.
         """
         gc.freeze()
-        others = []
-        for name in plugin.names(IWriterMaker):
-            maker = plugin.find(IWriterMaker, name)
-            others.append((name, lambda maker=maker: maker.make(self._reactor)))
+        makers = [plugin.find(IWriterMaker, name) for name in plugin.names(IWriterMaker)]
+        others = [(maker.name, lambda maker=maker: maker.make(self._reactor)) for maker in makers]
         self._leftovers = removeLeftovers(active, others)
 
     def _nodesListed(self, source: str) -> None:

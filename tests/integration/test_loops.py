@@ -164,3 +164,9 @@ class PythonIptablesLoopTests(Loops, TestCase):
     """By python-iptables."""
 
     writer = "python-iptables"
+
+
+class IptablesNftLoopTests(Loops, TestCase):
+    """By iptables-restore over nf_tables."""
+
+    writer = "iptables-nft"

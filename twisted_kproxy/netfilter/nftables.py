@@ -19,7 +19,7 @@ from ..core.rules import Delta, Rule, Ruleset, applied
 from ..core.values import FrontendKey
 from ..interfaces import IRuleWriter, RulesNotJudged, RulesRejected
 from .netlink import Interrupted, Refused, SocketOpener
-from .nftelements import elementsOf
+from .nftelements import Elements, elementsOf
 from .nftlayout import Step, Unreadable, placing, stepping
 from .nftprogram import Misfit, NftProgram, parsed
 from .nftsocket import ElementSocket
@@ -217,13 +217,15 @@ class NftablesWriter:
         await self._sliced(len(delta.rules), known.advancing(delta))
 
     async def _replace(self, ruleset: Ruleset) -> None:
-        problem = await self._nft.problem()
+        looking = Deferred.fromCoroutine(self._nft.problem())  # it takes a while, and another process
         step = await self._sliced(len(ruleset.rules), placing(ruleset))
+        elements = await self._sliced(len(step), elementsOf(step)) if self.usesNetlink else None
+        problem = await looking
         damaged, self._damaged = self._damaged, False
         if not problem and self.usesNetlink:
             try:
                 if not (damaged and await self._mend(step)):
-                    await self._send(step)
+                    await self._send(step, elements)
             except Misfit as misfit:
                 problem = str(misfit)
         if problem or not self.usesNetlink:
@@ -272,17 +274,19 @@ class NftablesWriter:
         if await inSlices(self._reactor, differing(ruleset, found)):
             self._distrust("what nft has written reads otherwise")
 
-    async def _send(self, step: Step) -> None:
+    async def _send(self, step: Step, elements: Elements | None = None) -> None:
         """
         Carry out a step on a table of our structure.
 
+        :param elements: of the step, where they are at hand.
         :raise Misfit: when the step does not fit what is there.
         """
         if not self.usesNetlink:
             await self._loadText(step, structure=False)
             return
         try:
-            elements = await self._sliced(len(step), elementsOf(step))
+            if elements is None:
+                elements = await self._sliced(len(step), elementsOf(step))
             if len(step) <= self.INLINE:
                 self._elements.commit(elements)
             else:
