@@ -76,15 +76,9 @@ class _Observer:
     """Tells health, metrics and systemd what the syncer does."""
 
     def __init__(
-        self,
-        cluster: Cluster,
-        health: HealthState,
-        metrics: Metrics,
-        notifier: Notifier,
-        inForce: Callable[[], None] = lambda: None,
+        self, health: HealthState, metrics: Metrics, notifier: Notifier, inForce: Callable[[], None]
     ) -> None:
         self._inForce: Callable[[], None] | None = inForce  # called once, when the first update is
-        self._cluster = cluster
         self._health = health
         self._metrics = metrics
         self._notifier = notifier
@@ -233,9 +227,7 @@ class ProxyServer(MultiService):
     def startService(self) -> None:
         """Start everything; returns at once."""
         super().startService()  # type: ignore[no-untyped-call]
-        self.log.info(
-            "kproxy {version} starts on node {node}", version=__version__, node=self._config.nodeName
-        )
+        self.log.info("kproxy {version} starts on node {node}", version=__version__, node=self._config.nodeName)
         for source in self.sources:
             source.setServiceParent(self)  # type: ignore[no-untyped-call]
         self._reactor.callWhenRunning(self._catchSignals)
@@ -250,9 +242,7 @@ class ProxyServer(MultiService):
         self.dataplane = dataplane
         if self._stopping:
             return
-        observer = _Observer(
-            self.cluster, self.health, self.metrics, self.notifier, lambda: self._inForce(writer)
-        )
+        observer = _Observer(self.health, self.metrics, self.notifier, lambda: self._inForce(writer))
         listeners = Broadcast([self.metrics, self.balancer, dataplane])
         self.syncer = Syncer(
             self._reactor, self.cluster, listeners, observer,
@@ -265,8 +255,8 @@ class ProxyServer(MultiService):
 
     def stopService(self) -> Deferred[None]:
         """
-        Stop: no more updates, rules that lead to our sockets are removed, nothing new is accepted, what is open may go
-        on for the drain time. :meth:`cut` ends that.
+        Stop: no more updates, new clients are refused, what is open may go on for the drain time, then the rules go.
+        :meth:`cut` ends the drain.
         """
         self._stopping = True
         return Deferred.fromCoroutine(self._stop())
