@@ -166,7 +166,7 @@ class ProxyServer(MultiService):
         )
         health = healthPages(self.health.health, self.metrics.healthAnswered)
         pages = {
-            **healthPages(self.health.health, self.metrics.healthAnswered),
+            **health,
             **metricsPages(
                 self.metrics.exposition,
                 lambda: config.mode,

@@ -352,7 +352,6 @@ class UserspaceDataplane:
             if drainSeconds > 0:
                 await self._drain(drainSeconds)
             await self._takeRulesBack()
-            await self._close(self._takeAll())
             await self._cut()
         finally:
             self._lock.release()
