@@ -166,7 +166,7 @@ class Restore:
 
     def change(self, delta: Delta) -> None:
         rules = {**self.state.rules, **{k: r for k, r in delta.rules.items() if r is not None}}
-        new = Ruleset(rules, self.state.guards, self.state.insiders)
+        new = Ruleset(rules, self.state.guards, locality=self.state.locality)
         script = editScript(editsOf("IPv4", self.state, new, delta, textOf))
         self.space.run("iptables-legacy-restore", "--noflush", "-w", stdin=script)
         self.state = new

@@ -15,6 +15,7 @@ from twisted.logger import Logger
 from zope.interface import implementer
 
 from .core import wire
+from .core.locality import NO_SETTINGS, NodeSettings, addressesOf, localityOf, serviceNetworks
 from .core.ownership import UNKNOWN_AGE, Claims
 from .core.resolve import NOTHING, Resolved, concerns, resolve, serviceOf, slicesOf
 from .core.topology import NodeFacts
@@ -22,6 +23,7 @@ from .core.values import (
     Change,
     Kind,
     Problem,
+    Reached,
     Rejected,
     Replaced,
     ServiceMap,
@@ -63,10 +65,11 @@ class Cluster:
 
     log = Logger()
 
-    def __init__(self, nodeName: str, proxyName: str = "") -> None:
+    def __init__(self, nodeName: str, proxyName: str = "", settings: NodeSettings = NO_SETTINGS) -> None:
         """
         :param nodeName: this node's name in the API.
         :param proxyName: serve Services labelled for this proxy only; ``""`` for those without the label.
+        :param settings: what the configuration says about this node.
         """
         #: called after each word that may alter the map, and when something has been listed for the first time
         self.changed: Callable[[], None] = _nothing
@@ -87,9 +90,13 @@ class Cluster:
         self._claimed: dict[ServicePortName, ServicePort] = {}
         self._claims = Claims()
         self._waiting: dict[ServicePortName, None] = {}
-        self._facts = NodeFacts(name=nodeName)
+        self._settings = settings
+        self._servers: dict[str, frozenset[tuple[str, int]]] = {}
+        self._hostAddresses: frozenset[str] = frozenset()
+        self._facts = NodeFacts(name=nodeName, allowed=settings.allowed, denied=settings.denied)
+        self._locality = localityOf(settings, None)
         self._ports: dict[ServicePortName, ServicePort] = {}
-        self._map = ServiceMap()
+        self._map = ServiceMap(locality=self._locality)
         self._stale = False
         self.node: wire.Node | None = None
 
@@ -103,8 +110,11 @@ class Cluster:
         self._said[source] = {kind: _Said() for kind in kinds}
         self._unsynced.update((source, kind) for kind in self._said[source])
 
-    def say(self, word: Word) -> None:
+    def say(self, word: Word | Reached) -> None:
         """Take over one word of a source. See :class:`~twisted_kproxy.interfaces.IChannel`."""
+        if isinstance(word, Reached):
+            self._reached(word)
+            return
         said = self._said[word.source].setdefault(word.kind, _Said())
         if isinstance(word, Replaced):
             self._replaced(word, said)
@@ -124,7 +134,7 @@ class Cluster:
         said.rejected = {key: reason for key, reason in said.rejected.items() if key in word.rejected}
         for key, reason in word.rejected.items():
             self._reject(word.source, word.kind, key, reason, said)
-        if word.kind == "Node":  # at once: it decides what is local
+        if word.kind in wire.CLUSTER_WIDE:  # at once: they decide what addresses mean here
             differs = sum(self._merge(word.kind, key) for key in touched) > 0
         else:
             self._unmerged.update(dict.fromkeys((word.kind, key) for key in touched))
@@ -211,8 +221,12 @@ class Cluster:
             self._placeSlices(kind, key, [it] if it is not None else [])
         elif kind == "Endpoints":
             self._placeSlices(kind, key, slicesOf(it) if it is not None else [])
+        elif kind == "ServiceCIDR":
+            self._locate()
         elif key == self._nodeName:
-            self._setNode(it)
+            self.node = it
+            self.nodeChanged(it)
+            self._locate()
         return True
 
     def _placeSlices(self, kind: str, key: str, slices: Iterable[wire.EndpointSlice]) -> None:
@@ -232,14 +246,47 @@ class Cluster:
             self._slices.setdefault(home, {})[kind, key] = placed
             self._dirty[home] = None
 
-    def _setNode(self, node: wire.Node | None) -> None:
-        self.node = node
-        self.nodeChanged(node)
-        zone = (node.metadata.label(ZONE_LABEL) or "") if node is not None else ""
-        facts = NodeFacts(name=self._nodeName, zone=zone)
+    def hostAddresses(self, addresses: Iterable[str]) -> None:
+        """The addresses by which this machine talks to others: those of the node, as long as no Node object says."""
+        found = frozenset(addresses)
+        if found != self._hostAddresses:
+            self._hostAddresses = found
+            if self._locate():
+                self.changed()
+
+    def _reached(self, word: Reached) -> None:
+        if self._servers.get(word.source) != word.servers:
+            self._servers[word.source] = word.servers
+            if self._locate():
+                self.changed()
+
+    def _locate(self) -> bool:
+        """
+        What is known of this node may be something else now; where it is, every Service is resolved anew.
+
+        :return: whether it is.
+        """
+        node, settings = self.node, self._settings
+        addresses = addressesOf(node) or self._hostAddresses
+        services = serviceNetworks(self._merged.get("ServiceCIDR", {}))
+        locality = localityOf(settings, node, addresses, services)
+        facts = NodeFacts(
+            name=self._nodeName,
+            zone=(node.metadata.label(ZONE_LABEL) or "") if node is not None else "",
+            addresses=addresses,
+            servers=frozenset().union(*self._servers.values()),
+            allowed=settings.allowed,
+            denied=settings.denied,
+        )
+        if (facts, locality) == (self._facts, self._locality):
+            return False
+        if locality != self._locality:
+            self._locality = locality
+            self._stale = True
         if facts != self._facts:
             self._facts = facts
             self._dirty.update(dict.fromkeys(self._keys()))
+        return True
 
     def _keys(self) -> Iterable[_ServiceKey]:
         for key in self._merged.get("Service", {}):
@@ -287,7 +334,7 @@ class Cluster:
             pass
         if self._stale:
             self._stale = False
-            self._map = ServiceMap(self._ports, self._map.generation + 1)
+            self._map = ServiceMap(self._ports, self._map.generation + 1, self._locality)
         return self._map
 
     def _resolve(self, key: _ServiceKey) -> None:
@@ -366,6 +413,13 @@ class Cluster:
                 reason = f"port {name.port or name.protocol}: {key} is served by {owner}, the older one"
                 found.add(Problem("Service", f"{name.namespace}/{name.service}", reason))
         return sorted(found)
+
+    def refused(self) -> dict[str, int]:
+        """How many addresses must not be reached and are not, by what they would be."""
+        return {
+            "frontend": sum(it.refusedFrontends for it in self._resolved.values()),
+            "endpoint": sum(it.refusedEndpoints for it in self._resolved.values()),
+        }
 
     def pending(self) -> dict[str, dict[str, str]]:
         """Service ports that claim what another one owns: name → {frontend: owner}."""

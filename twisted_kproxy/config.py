@@ -22,6 +22,7 @@ from .configmodel import (
     Key,
     PluginOptions,
     SourceOptions,
+    nodeSettings,
     schema,
 )
 from .configvalues import DURATION, NODE_NAME, HostPort, masked, suggestion
@@ -39,6 +40,7 @@ __all__ = [
     "checkFiles",
     "effective",
     "load",
+    "nodeSettings",
     "render",
 ]
 
@@ -243,12 +245,29 @@ class _Reading:
             line = self._line("kproxy", "sync-period") or self._line("kproxy", "min-sync-period")
             text = f"sync-period = {DURATION.write(longest)}: is shorter than min-sync-period"
             self._fault(line, f"[kproxy] {text}, {DURATION.write(shortest)}: make it at least as long")
+        self._contradictoryDetection(values, given)
         health = values.get("healthBind", given.healthBind)
         metrics = values.get("metricsBind", given.metricsBind)
         if isinstance(health, HostPort) and isinstance(metrics, HostPort) and _clash(health, metrics):
             line = self._line("metrics", "bind") or self._line("health", "bind")
             text = f"[metrics] bind = {metrics}: is the same port as [health] bind = {health}"
             self._fault(line, f"{text}: give one of them another")
+
+
+    def _contradictoryDetection(self, values: Mapping[str, Any], given: Config) -> None:
+        """Each way to tell pods from others has a key of its own, which the others have no use for."""
+        way = values.get("detectLocal", given.detectLocal)
+        keys = {"cluster-cidr": "clusterCIDR", "bridge": "podBridge", "interface-prefix": "podInterfacePrefix"}
+        names = {key.attribute: key.name for key in self.schema["kproxy"]}
+        for other, attribute in keys.items():
+            if way is _BAD or values.get(attribute) is _BAD:
+                continue
+            name = names[attribute]
+            if other == way and not values.get(attribute) and way != "cluster-cidr":
+                line = self._line("kproxy", "detect-local")
+                self._fault(line, f"[kproxy] detect-local = {way}: needs {name}")
+            elif other != way and values.get(attribute):
+                self._at(self.sections["kproxy"], name, f"goes with detect-local = {other}, not with {way}: remove it")
 
 
 #: Stands for a value at fault, so that nothing more is said about it.

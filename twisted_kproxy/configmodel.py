@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 from msgspec import Struct
 
@@ -13,7 +13,10 @@ from .configvalues import (
     DURATION,
     DURATIONS,
     HOST_NAME,
+    INTERFACE,
+    NETWORKS,
     NODE_NAME,
+    NODE_PORT_ADDRESSES,
     PORT_RANGE,
     POSITIVE_DURATION,
     PROXY_NAME,
@@ -24,6 +27,7 @@ from .configvalues import (
     Value,
     oneOf,
 )
+from .core.locality import DetectLocal, NodeSettings
 from .interfaces import KproxyError
 
 _NOT_BUILT = dict.fromkeys(("nftables", "iptables"), "is not built yet; use userspace")
@@ -97,6 +101,13 @@ class Config(Struct, frozen=True):
     mode: str = "userspace"
     nodeName: str = ""
     clusterCIDR: tuple[str, ...] = ()
+    detectLocal: DetectLocal = "cluster-cidr"
+    podBridge: str = ""
+    podInterfacePrefix: str = ""
+    masqueradeAll: bool = False
+    nodePortAddresses: tuple[str, ...] = ("all",)
+    frontendAllow: tuple[str, ...] = ()
+    frontendDeny: tuple[str, ...] = ()
     minSyncPeriod: float = 1.0
     syncPeriod: float = 30.0
     proxyName: str = ""
@@ -111,6 +122,18 @@ class Config(Struct, frozen=True):
     policy: str = "round-robin"
     healthBind: HostPort | None = HostPort("0.0.0.0", 10256)
     metricsBind: HostPort | None = HostPort("127.0.0.1", 10249)
+
+
+def nodeSettings(config: Config) -> NodeSettings:
+    """What a configuration says about its node."""
+    return NodeSettings(
+        detectLocal=config.detectLocal,
+        clusterCIDRs=config.clusterCIDR,
+        podInterface=config.podBridge if config.detectLocal == "bridge" else config.podInterfacePrefix,
+        nodePortAddresses=config.nodePortAddresses,
+        allowed=config.frontendAllow,
+        denied=config.frontendDeny,
+    )
 
 
 class Key(Struct, frozen=True):
@@ -146,6 +169,13 @@ def schema(writers: Iterable[str] = (), policies: Iterable[str] = ()) -> dict[st
             Key("mode", "mode", oneOf(("userspace",), _NOT_BUILT)),
             Key("node-name", "nodeName", NODE_NAME),
             Key("cluster-cidr", "clusterCIDR", CIDRS),
+            Key("detect-local", "detectLocal", oneOf(get_args(DetectLocal))),
+            Key("pod-bridge", "podBridge", INTERFACE),
+            Key("pod-interface-prefix", "podInterfacePrefix", INTERFACE),
+            Key("masquerade-all", "masqueradeAll", SWITCH),
+            Key("node-port-addresses", "nodePortAddresses", NODE_PORT_ADDRESSES),
+            Key("frontend-allow", "frontendAllow", NETWORKS),
+            Key("frontend-deny", "frontendDeny", NETWORKS),
             Key("min-sync-period", "minSyncPeriod", DURATION),
             Key("sync-period", "syncPeriod", POSITIVE_DURATION),
             Key("proxy-name", "proxyName", PROXY_NAME),

@@ -23,6 +23,9 @@ _LABEL_VALUE = re.compile(r"(?=.{1,63}\Z)[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])
 _SWITCH = {"yes": True, "true": True, "on": True, "1": True, "no": False, "false": False, "off": False, "0": False}
 
 
+NODE_PORT_WORDS = ("primary", "localhost", "all")
+
+
 class HostPort(Struct, frozen=True):
     host: str
     port: int
@@ -135,6 +138,39 @@ def readCIDRs(text: str) -> tuple[str, ...]:
     return tuple(found.values())
 
 
+def readNetworks(text: str) -> tuple[str, ...]:
+    """Networks, comma separated, as many as there are; canonical."""
+    found: list[str] = []
+    for part in (part.strip() for part in text.split(",") if text.strip()):
+        found += readCIDRs(part) or (_empty(),)
+    return tuple(dict.fromkeys(found))
+
+
+def _empty() -> str:
+    raise ValueError("has an empty item: write networks as 10.128.0.0/14, fd00:10::/48")
+
+
+def readNodePortAddresses(text: str) -> tuple[str, ...]:
+    """Networks and words, comma separated."""
+    found: list[str] = []
+    for part in (part.strip() for part in text.split(",")):
+        if part in NODE_PORT_WORDS:
+            found.append(part)
+        else:
+            try:
+                found += readNetworks(part) or (_empty(),)
+            except ValueError as error:
+                raise ValueError(f"{error}; or say one of {', '.join(NODE_PORT_WORDS)}")
+    return tuple(dict.fromkeys(found))
+
+
+def readInterface(text: str) -> str:
+    """The name of a network interface, or how such names begin."""
+    if text and not re.fullmatch(r"[^\s/:*+\"'%!]{1,15}", text):
+        raise ValueError("must be the name of an interface: at most 15 characters, without blanks, / : * + % and !")
+    return text
+
+
 def readBind(text: str) -> HostPort | None:
     """``ADDRESS:PORT``; port 0 is any free one. Empty is ``None``: off."""
     if not text:
@@ -230,6 +266,9 @@ DURATION = Value(readDuration, writeDuration)
 POSITIVE_DURATION = Value(readPositiveDuration, writeDuration)
 DURATIONS = Value(readDurations, lambda values: " ".join(writeDuration(value) for value in values))
 CIDRS = Value(readCIDRs, ", ".join)
+NETWORKS = Value(readNetworks, ", ".join)
+NODE_PORT_ADDRESSES = Value(readNodePortAddresses, ", ".join)
+INTERFACE = Value(readInterface)
 BIND = Value(readBind, lambda value: "" if value is None else str(value))
 PORT_RANGE = Value(readPortRange, lambda value: "" if value is None else f"{value[0]}-{value[1]}")
 NODE_NAME = Value(readNodeName)

@@ -22,7 +22,7 @@ from zope.interface import Attribute, Interface
 
 from .core.changes import Update
 from .core.rules import Delta, Ruleset
-from .core.values import Endpoint, FrontendKey, Outcome, PoolName, Word
+from .core.values import Endpoint, FrontendKey, Outcome, PoolName, Reached, Word
 
 # --- errors that travel between parts -------------------------------------------------------------------------------
 
@@ -78,7 +78,7 @@ class ApiError(KproxyError):
 class IChannel(Interface):
     """Takes what sources say. Never raises, never blocks."""
 
-    def say(word: Word) -> None:
+    def say(word: Word | Reached) -> None:
         """Take over one word; the state that follows from it is in force when this returns."""
 
 

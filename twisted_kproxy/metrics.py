@@ -36,6 +36,7 @@ from .core.values import (
     Outcome,
     PoolName,
     Problem,
+    Reached,
     Replaced,
     ServicePort,
     ServicePortName,
@@ -64,12 +65,13 @@ class _StateCollector(Collector):
         self.sources: Callable[[], Iterable[ISource]] = tuple
         self.problems: Callable[[], Iterable[Problem]] = tuple
         self.quarantined: Callable[[], Iterable[Mapping[str, str]]] = tuple
+        self.refused: Callable[[], Mapping[str, int]] = dict
 
     def describe(self) -> Iterable[Metric]:
         return self._families()
 
     def collect(self) -> Iterable[Metric]:
-        families = age, faults, quarantined, problems = self._families()
+        families = age, faults, quarantined, problems, refused = self._families()
         for source in self.sources():
             faults.add_metric([source.name], len(source.faults()))
             for kind, seconds in source.ages().items():
@@ -78,10 +80,12 @@ class _StateCollector(Collector):
             quarantined.add_metric([name], count)
         for kind, count in Tally(problem.kind for problem in self.problems()).items():
             problems.add_metric([kind], count)
+        for what, count in self.refused().items():
+            refused.add_metric([what], count)
         return families
 
     @staticmethod
-    def _families() -> tuple[GaugeMetricFamily, GaugeMetricFamily, GaugeMetricFamily, GaugeMetricFamily]:
+    def _families() -> tuple[GaugeMetricFamily, ...]:
         return (
             GaugeMetricFamily(
                 "kproxy_source_age_seconds",
@@ -97,6 +101,11 @@ class _StateCollector(Collector):
                 labels=["kind"],
             ),
             GaugeMetricFamily("kproxy_problems", "Things in objects that are not served", labels=["kind"]),
+            GaugeMetricFamily(
+                "kproxy_refused_addresses",
+                "Addresses in objects that must not be reached, and are not: see problems in /status",
+                labels=["what"],
+            ),
         )
 
 
@@ -219,6 +228,10 @@ class Metrics:
     def watchProblems(self, problems: Callable[[], Iterable[Problem]]) -> None:
         """Report the number of these from now on: things in objects that are not served."""
         self._state.problems = problems
+
+    def watchRefused(self, refused: Callable[[], Mapping[str, int]]) -> None:
+        """Report these numbers from now on: how many addresses must not be reached, by what they would be."""
+        self._state.refused = refused
 
     def watchQuarantined(self, quarantined: Callable[[], Iterable[Mapping[str, str]]]) -> None:
         """Report the number of these from now on: objects that cannot be read, each with its ``kind``."""
@@ -365,11 +378,14 @@ class _CountingChannel:
         self._channel = channel
         self._metrics = metrics
 
-    def say(self, word: Word) -> None:
+    def say(self, word: Word | Reached) -> None:
+        if isinstance(word, Reached):
+            self._channel.say(word)
+            return
         count = len(word.objects) if isinstance(word, Replaced) else 1
         if word.kind == "Service":
             self._metrics.queued(services=count)
-        elif word.kind != "Node":
+        elif word.kind in ("EndpointSlice", "Endpoints"):
             self._metrics.queued(endpoints=count)
         if isinstance(word, Change) and isinstance(word.object, EndpointSlice):
             trigger = (word.object.metadata.annotations or {}).get(CHANGE_TRIGGER_ANNOTATION)

@@ -26,9 +26,9 @@ from .balance.balancer import LoadBalancer
 from .balance.failures import EndpointFailures
 from .broadcast import Broadcast
 from .cluster import Cluster
-from .config import Config, effective
+from .config import Config, effective, nodeSettings
 from .core.changes import Update
-from .core.values import PoolName
+from .core.values import FAMILIES, PoolName
 from .interfaces import (
     IBalancingPolicy,
     IDataplane,
@@ -130,7 +130,8 @@ class ProxyServer(MultiService):
         makePolicy: Callable[[], IBalancingPolicy] = policy.make
         self.balancer = LoadBalancer(reactor, makePolicy)
         self.sources: list[ISource] = []
-        self.cluster = Cluster(config.nodeName, config.proxyName)
+        self.cluster = Cluster(config.nodeName, config.proxyName, nodeSettings(config))
+        self.cluster.hostAddresses(filter(None, map(primaryAddress, FAMILIES)))
         self.cluster.nodeChanged = self.health.nodeChanged
         self.cluster.nodesListed = self._nodesListed
         self._makeSources()
@@ -155,6 +156,7 @@ class ProxyServer(MultiService):
             self.sources.append(source)
         self.metrics.watchSources(lambda: self.sources)
         self.metrics.watchProblems(self.cluster.problems)
+        self.metrics.watchRefused(self.cluster.refused)
         self.metrics.watchQuarantined(self.cluster.quarantined)
 
     def _makePages(self) -> None:
@@ -193,7 +195,7 @@ class ProxyServer(MultiService):
     def _makeDataplane(self, writer: IRuleWriter) -> IDataplane:
         config, reactor = self._config, self._reactor
         rules = RulePlane(
-            reactor, writer, insiders=config.clusterCIDR, flows=Flows(reactor), changedOutside=self._changedOutside,
+            reactor, writer, flows=Flows(reactor), changedOutside=self._changedOutside,
             claim=NamespaceClaim() if writer.place != "nowhere" else None,
         )
         self.metrics.watchQuarantined(

@@ -23,7 +23,7 @@ from tests.shared.namespaces import Namespace, canMakeNamespaces
 from tests.shared.writers import NODE4, SAMPLE, KernelWriterTests, key, many, same, to
 from twisted_kproxy.core.changes import Update
 from twisted_kproxy.core.rules import Delta, Guard, Rule, Ruleset, Target, applied, deltaBetween
-from twisted_kproxy.core.values import Frontend, ServiceMap, ServicePort, ServicePortName
+from twisted_kproxy.core.values import Frontend, Locality, ServiceMap, ServicePort, ServicePortName
 from twisted_kproxy.interfaces import NotAvailable, RulesRejected
 from twisted_kproxy.netfilter import iptables
 from twisted_kproxy.netfilter.iptables import IptablesWriter
@@ -159,7 +159,8 @@ class ChainHardships(Hardships):
         before = self.listed()
         self.do([self.stem, "-t", "nat", "-A", "POSTROUTING", "-j", "KPROXY-PORTALS-HOST"])
         later = self.makeWriter()  # type: ignore[attr-defined]
-        new = Ruleset({key("10.96.0.1", 80): same(to(40001))}, frozenset({Guard("IPv4", "TCP", 40001)}), old.insiders)
+        guards = frozenset({Guard("IPv4", "TCP", 40001)})
+        new = Ruleset({key("10.96.0.1", 80): same(to(40001))}, guards, locality=old.locality)
         for call in (writer.replace(new), writer.apply(deltaBetween(old, new)), writer.apply(deltaBetween(old, new))):
             await self.assertRejected(call)  # type: ignore[attr-defined]
         self.do([self.stem, "-t", "nat", "-D", "POSTROUTING", "-j", "KPROXY-PORTALS-HOST"])
@@ -376,7 +377,7 @@ class LegacyTablesTests(IptablesCase):
             "10.96.0.10:0": Ruleset({key("10.96.0.10", 0): same(to(1))}),
             "10.96.0.13:80": Ruleset({key("10.96.0.13", 80): same(Target("2001:db8::2", 80))}),
             "10.96.0.14:80": Ruleset({key("10.96.0.14", 80): same(Target("192.0.2.2; reboot", 80))}),
-            "10.0.0.1/8": Ruleset(insiders=("10.0.0.1/8",)),
+            "10.0.0.1/8": Ruleset(locality=Locality(("10.0.0.1/8",))),
             "70000": Ruleset(guards=frozenset({Guard("IPv4", "TCP", 70000)})),
         }
         for word, ruleset in bad.items():

@@ -10,7 +10,7 @@ from twisted.internet.task import deferLater
 from zope.interface.verify import verifyObject
 
 from twisted_kproxy.core.rules import Delta, Guard, Rule, Ruleset, Target, Verdict, applied, deltaBetween
-from twisted_kproxy.core.values import Family, FrontendKey, Protocol
+from twisted_kproxy.core.values import Family, FrontendKey, Locality, Protocol
 from twisted_kproxy.interfaces import IRuleWriter, RulesRejected
 
 NODE4 = "192.0.2.2"
@@ -75,7 +75,7 @@ SAMPLE = Ruleset(
             Guard("IPv6", "UDP", 40002),
         }
     ),
-    insiders=INSIDERS,
+    locality=Locality(INSIDERS),
 )
 
 
@@ -90,7 +90,7 @@ def many(count: int, port: int = 40000) -> Ruleset:
         else:
             where, verdict = f"10.{97 + high // 250}.{high % 250}.{low + 1}", to(port + n % 20000)
         rules[key(where, 80, "UDP" if n % 3 == 0 else "TCP")] = same("reject" if n % 10 == 9 else verdict)
-    return Ruleset(rules, frozenset(), INSIDERS)
+    return Ruleset(rules, frozenset(), locality=Locality(INSIDERS))
 
 
 class WriterTests:
@@ -182,7 +182,7 @@ class WriterTests:
         """A second ruleset takes the place of the whole first one."""
         writer = await self.writerWith(SAMPLE)
         guards = frozenset({Guard("IPv4", "TCP", 7777)})
-        other = Ruleset({key("10.96.7.7", 7): same(to(7777))}, guards, ("10.1.0.0/16",))
+        other = Ruleset({key("10.96.7.7", 7): same(to(7777))}, guards, locality=Locality(("10.1.0.0/16",)))
         await writer.replace(other)
         await self.assertInForce(other)
 
@@ -241,13 +241,13 @@ class WriterTests:
             rules += [Rule("reject", one), Rule(one, "drop"), Rule(two, "reject"), Rule("reject", "drop")]
             where = "10.96.2.2" if family == "IPv4" else "fd00:10:96::2:2"
             keys = [key(where, 80), key("", 32000, "UDP", family)]  # type: ignore[arg-type]
-            old = Ruleset(dict.fromkeys(keys, rules[0]), frozenset(), INSIDERS)
+            old = Ruleset(dict.fromkeys(keys, rules[0]), frozenset(), locality=Locality(INSIDERS))
             writer = await self.writerWith(old)
             # A walk over every ordered pair: each step is looked at in the end of a short chain of its own.
             for first in rules:
                 for second in rules:
                     for rule in (first, second):
-                        new = Ruleset(dict.fromkeys(keys, rule), frozenset(), INSIDERS)
+                        new = Ruleset(dict.fromkeys(keys, rule), frozenset(), locality=Locality(INSIDERS))
                         step = deltaBetween(old, new)
                         if step:
                             await writer.apply(step)
@@ -268,20 +268,20 @@ class WriterTests:
     async def test_addWhatIsThere(self) -> None:
         """Adding a frontend that is in force as it shall be is harmless."""
         writer = await self.writerWith(SAMPLE)
-        await writer.apply(Delta(dict(SAMPLE.rules), guardsAdded=SAMPLE.guards, insiders=INSIDERS))
+        await writer.apply(Delta(dict(SAMPLE.rules), guardsAdded=SAMPLE.guards, locality=Locality(INSIDERS)))
         await self.assertInForce(SAMPLE)
 
     async def test_guards(self) -> None:
         """Guards come and go by steps."""
         guards = frozenset({Guard("IPv4", "TCP", 40001), Guard("IPv6", "UDP", 45000), Guard("IPv4", "UDP", 45001)})
-        await self.assertStep(Ruleset(SAMPLE.rules, guards, INSIDERS))
+        await self.assertStep(Ruleset(SAMPLE.rules, guards, locality=Locality(INSIDERS)))
 
     async def test_insiders(self) -> None:
         """The pod networks can change by a step, to none at all and back."""
         writer = await self.writerWith(SAMPLE)
         for insiders in (("10.128.0.0/9", "fd00:1::/64", "fd00:2::/64"), (), ("0.0.0.0/0",), INSIDERS):
-            await writer.apply(Delta(insiders=insiders))
-            await self.assertInForce(Ruleset(SAMPLE.rules, SAMPLE.guards, insiders))
+            await writer.apply(Delta(locality=Locality(insiders)))
+            await self.assertInForce(Ruleset(SAMPLE.rules, SAMPLE.guards, locality=Locality(insiders)))
 
     async def test_bulk(self) -> None:
         """Thousands of frontends in one step, then all of them led elsewhere, then gone."""

@@ -9,7 +9,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from tests.builders import portName, serviceMap, servicePort
 from twisted_kproxy.core.changes import StaleFlow, Update
 from twisted_kproxy.core.rules import Guard, Rule, Ruleset, Target, applied, deltaBetween
-from twisted_kproxy.core.values import Frontend, FrontendKey, ServiceMap
+from twisted_kproxy.core.values import Frontend, FrontendKey, Locality, ServiceMap
 
 
 class UpdateTests(SynchronousTestCase):
@@ -79,9 +79,10 @@ _keys = st.builds(
 _verdicts = st.sampled_from([Target("192.0.2.1", 4000), Target("192.0.2.1", 4001), "reject", "drop"])
 _rulesets = st.builds(
     Ruleset,
-    st.dictionaries(_keys, st.builds(Rule, _verdicts, _verdicts)),
+    st.dictionaries(_keys, st.builds(Rule, _verdicts, _verdicts, st.sampled_from([None, (), ("192.0.2.0/24",)]))),
     st.frozensets(st.builds(Guard, st.just("IPv4"), st.just("TCP"), st.integers(1, 3))),
-    st.sampled_from([(), ("10.244.0.0/16",)]),
+    st.frozensets(st.sampled_from(["10.96.0.1", "10.96.0.2"])),
+    st.builds(Locality, st.sampled_from([(), ("10.244.0.0/16",)]), st.sampled_from([(), ("cni0",)])),
 )
 
 

@@ -17,6 +17,7 @@ from zope.interface.verify import verifyObject
 
 from tests.shared.writers import SAMPLE, key, same, to
 from twisted_kproxy.core.rules import Delta, Guard, Ruleset
+from twisted_kproxy.core.values import Locality
 from twisted_kproxy.interfaces import IRuleWriter, NotAvailable, RulesRejected
 from twisted_kproxy.netfilter import iptworker
 from twisted_kproxy.netfilter.iptables import (
@@ -140,7 +141,8 @@ class WriterTests(SynchronousTestCase):
 
     def test_calls(self) -> None:
         """Each call reaches the worker as it was made, and one after the other."""
-        step = Delta({key("10.96.0.1", 1): None}, frozenset({Guard("IPv4", "TCP", 1)}), insiders=("10.0.0.0/8",))
+        locality = Locality(("10.0.0.0/8",))
+        step = Delta({key("10.96.0.1", 1): None}, frozenset({Guard("IPv4", "TCP", 1)}), locality=locality)
         calls = [self.writer.probe(), self.writer.adopt(), self.writer.replace(SAMPLE), self.writer.apply(step)]
         calls.append(self.writer.cleanup())
         answers = [Reply(text="fine"), Reply(adopted=True, rules=list(SAMPLE.rules.items()))]
@@ -464,9 +466,10 @@ class WireTests(SynchronousTestCase):
 
     def test_rulesets(self) -> None:
         """Rulesets and steps come through as they are."""
-        request = Request("replace", list(SAMPLE.rules.items()), SAMPLE.guards, insiders=SAMPLE.insiders)
+        request = Request("replace", list(SAMPLE.rules.items()), SAMPLE.guards, insiders=SAMPLE.locality.insiders)
         self.assertEqual(decodeRequest(framed(request)[4:]).ruleset(), SAMPLE)
         self.assertEqual(decodeRequest(framed(Request("apply"))[4:]).delta(), Delta())
-        reply = Reply(adopted=True, rules=list(SAMPLE.rules.items()), guards=SAMPLE.guards, insiders=SAMPLE.insiders)
+        insiders = SAMPLE.locality.insiders
+        reply = Reply(adopted=True, rules=list(SAMPLE.rules.items()), guards=SAMPLE.guards, insiders=insiders)
         self.assertEqual(decodeReply(framed(reply)[4:]).ruleset(), SAMPLE)
         self.assertIsNone(decodeReply(framed(Reply())[4:]).ruleset())

@@ -158,7 +158,7 @@ class EngineTests(SynchronousTestCase):
 
     def replace(self, ruleset: Ruleset) -> Reply:
         return self.serve(
-            "replace", rules=list(ruleset.rules.items()), guards=ruleset.guards, insiders=ruleset.insiders
+            "replace", rules=list(ruleset.rules.items()), guards=ruleset.guards, insiders=ruleset.locality.insiders
         )
 
     def apply(self, delta: Delta) -> Reply:
@@ -167,7 +167,7 @@ class EngineTests(SynchronousTestCase):
             rules=list(delta.rules.items()),
             guards=delta.guardsAdded,
             guardsRemoved=delta.guardsRemoved,
-            insiders=delta.insiders,
+            insiders=delta.locality.insiders if delta.locality is not None else None,
         )
 
     def inForce(self) -> Ruleset | None:

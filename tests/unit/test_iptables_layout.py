@@ -11,7 +11,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from tests.shared.writers import NODE4, NODE6, SAMPLE, key, many, same, to
 from twisted_kproxy.core.rules import Delta, Guard, Rule, Ruleset, Target, applied, deltaBetween
-from twisted_kproxy.core.values import FAMILIES, Family, FrontendKey
+from twisted_kproxy.core.values import FAMILIES, Family, FrontendKey, Locality
 from twisted_kproxy.netfilter.xtbytes import (
     ACCEPT,
     DROP,
@@ -62,6 +62,8 @@ GUARD6 = (
     + "c800" + b"conntrack".hex() + "00" * 20 + "03" + "00" * 146 + "010001008000" + "00" * 16
     + "2800" + b"REJECT".hex() + "00" * 24 + "06000000" + "00000000"
 )  # fmt: skip
+
+TEN = Locality(("10.0.0.0/8",))
 
 
 def asRead(family: Family, data: bytes, verdict: int | None = None) -> bytes:
@@ -160,7 +162,7 @@ def both(ruleset: Ruleset) -> Ruleset:
         found = reconstruct(family, render(ruleset, family))
         rules.update(found.rules)
         guards.update(found.guards)
-    return Ruleset(rules, frozenset(guards), found.insiders)
+    return Ruleset(rules, frozenset(guards), locality=found.locality)
 
 
 _verdicts = st.sampled_from(["reject", "drop", to(1), to(2)])
@@ -202,7 +204,7 @@ class LayoutTests(SynchronousTestCase):
         self, rules: dict[FrontendKey, Rule], guards: frozenset[Guard], insiders: tuple[str, ...], draw: random.Random
     ) -> None:
         """Any ruleset comes back, in whatever order its frontends were written."""
-        ruleset = Ruleset(rules, guards, insiders)
+        ruleset = Ruleset(rules, guards, locality=Locality(insiders))
         order = list(rules.items())
         draw.shuffle(order)
         shuffled = Ruleset(dict(order), guards, insiders)
@@ -230,25 +232,25 @@ class LayoutTests(SynchronousTestCase):
             return
         rules = {it: rule for it, rule in SAMPLE.rules.items() if it.family == family}
         guards = frozenset(guard for guard in SAMPLE.guards if guard.family == family)
-        self.assertNotEqual(found, Ruleset(rules, guards, SAMPLE.insiders))
+        self.assertNotEqual(found, Ruleset(rules, guards, locality=SAMPLE.locality))
 
     def test_unreachable(self) -> None:
         """A rule behind the one that takes everybody is not taken for an insider's."""
         rule = Rule(to(1), to(2))
-        content = render(Ruleset({key("10.96.0.1", 80): rule}, insiders=("10.0.0.0/8",)), "IPv4")
+        content = render(Ruleset({key("10.96.0.1", 80): rule}, locality=TEN), "IPv4")
         content.nat[PORTALS_CONTAINER].reverse()
         self.assertRaises(UnknownBytes, reconstruct, "IPv4", content)
-        content = render(Ruleset({key("10.96.0.1", 80): Rule("drop", to(1))}, insiders=("10.0.0.0/8",)), "IPv4")
+        content = render(Ruleset({key("10.96.0.1", 80): Rule("drop", to(1))}, locality=TEN), "IPv4")
         content.nat[PORTALS_CONTAINER].reverse()
         self.assertRaises(UnknownBytes, reconstruct, "IPv4", content)
-        content = render(Ruleset({key("10.96.0.1", 80): Rule("drop", "reject")}, insiders=("10.0.0.0/8",)), "IPv4")
+        content = render(Ruleset({key("10.96.0.1", 80): Rule("drop", "reject")}, locality=TEN), "IPv4")
         content.filter[REFUSE].reverse()
         self.assertRaises(UnknownBytes, reconstruct, "IPv4", content)
 
     def test_refusedIsNotLed(self) -> None:
         """Who is refused is led nowhere, and not on to the node ports either: the address may be the node's own."""
         rules = {key("10.96.0.1", 80): same("reject"), key("", 30000): same("drop")}
-        content = render(Ruleset(rules, insiders=("10.0.0.0/8",)), "IPv4")
+        content = render(Ruleset(rules, locality=TEN), "IPv4")
         led = {chain: [parse("IPv4", it).target for it in entries] for chain, entries in content.nat.items() if entries}
         self.assertEqual(led, {PORTALS_CONTAINER: [ACCEPT], PORTALS_HOST: [ACCEPT], INSIDERS: [RETURN]})
         self.assertEqual(len(content.filter[REFUSE]), 2)
@@ -290,7 +292,7 @@ class LayoutTests(SynchronousTestCase):
             ("must be written", Ruleset({key("fd00::0:1", 80): same("drop")})),
             ("010.96.0.1", Ruleset({key("010.96.0.1", 80): same("drop")})),
             ("a\0b", Ruleset({key("a\0b", 80): same("drop")})),
-            ("10.0.0.1/8", Ruleset(insiders=("10.0.0.1/8",))),
+            ("10.0.0.1/8", Ruleset(locality=Locality(("10.0.0.1/8",)))),
             ("guard", Ruleset(guards=frozenset({Guard("IPv4", "TCP", 65536)}))),
         ]
         for word, ruleset in bad:

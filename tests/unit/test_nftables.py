@@ -15,6 +15,7 @@ from twisted.trial.unittest import SynchronousTestCase, TestCase
 
 from tests.shared.writers import SAMPLE, key, many, same, to
 from twisted_kproxy.core.rules import Delta, Guard, Rule, Ruleset
+from twisted_kproxy.core.values import Locality
 from twisted_kproxy.interfaces import NotAvailable, RulesRejected
 from twisted_kproxy.netfilter import tool
 from twisted_kproxy.netfilter.netlink import HEADER, text
@@ -128,7 +129,8 @@ class TextTests(SynchronousTestCase):
     def test_elements(self) -> None:
         """Elements as text, removing first."""
         where = key("10.96.0.1", 80)
-        step = stepFor({where: same(to(1))}, frozenset(), Delta({where: same("reject")}, insiders=("10.0.0.0/8",)))
+        delta = Delta({where: same("reject")}, locality=Locality(("10.0.0.0/8",)))
+        step = stepFor({where: same(to(1))}, frozenset(), delta)
         self.assertEqual(
             stepText("kproxy", step).splitlines(),
             [
@@ -240,7 +242,7 @@ class ListingTests(SynchronousTestCase):
         """Insiders are read as addresses, networks and ranges."""
         elems = ["10.9.9.9", {"prefix": {"addr": "10.0.0.0", "len": 16}}, {"range": ["10.8.0.0", "10.8.0.2"]}]
         found = readListing(listing(insiders4={"elem": elems}))
-        self.assertEqual(found.insiders, ("10.0.0.0/16", "10.8.0.0/31", "10.8.0.2/32", "10.9.9.9/32"))
+        self.assertEqual(found.locality.insiders, ("10.0.0.0/16", "10.8.0.0/31", "10.8.0.2/32", "10.9.9.9/32"))
 
 
 class Scripted(TestCase):

@@ -13,7 +13,15 @@ from zope.interface.verify import verifyObject
 from tests.shared.writers import key, same, to
 from twisted_kproxy.core.changes import Update
 from twisted_kproxy.core.rules import Delta, Guard, Ruleset, Target
-from twisted_kproxy.core.values import Endpoint, Frontend, FrontendKey, ServiceMap, ServicePort, ServicePortName
+from twisted_kproxy.core.values import (
+    Endpoint,
+    Frontend,
+    FrontendKey,
+    Locality,
+    ServiceMap,
+    ServicePort,
+    ServicePortName,
+)
 from twisted_kproxy.interfaces import IRulePlane, NotAvailable, RulesNotJudged, RulesRejected
 from twisted_kproxy.netfilter.memory import MemoryWriter
 from twisted_kproxy.netfilter.plane import RulePlane
@@ -29,7 +37,7 @@ def service(name: str, address: str, socket: int, protocol: Any = "TCP", port: i
 
 
 def mapOf(*ports: ServicePort) -> ServiceMap:
-    return ServiceMap({port.name: port for port in ports})
+    return ServiceMap({port.name: port for port in ports}, locality=Locality(INSIDERS))
 
 
 class CountingClock(Clock):
@@ -78,7 +86,7 @@ class RulePlaneTests(SynchronousTestCase):
         self.web = service("web", "10.96.0.1", 40001)
         self.api = service("api", "10.96.0.2", 40002)
         self.dns = service("dns", "10.96.0.3", 40003, "UDP", 53)
-        self.current = ServiceMap()
+        self.current = mapOf()
         self.addCleanup(lambda: self.assertEqual(self.clock.getDelayedCalls(), []))
 
     def makePlane(self) -> RulePlane:
@@ -86,7 +94,7 @@ class RulePlaneTests(SynchronousTestCase):
             self.told += 1
 
         return RulePlane(
-            self.clock, self.writer, insiders=["10.244.0.0/16"], flows=self.flows, changedOutside=changed
+            self.clock, self.writer, flows=self.flows, changedOutside=changed
         )
 
     def start(self) -> None:
@@ -127,7 +135,8 @@ class RulePlaneTests(SynchronousTestCase):
             Ruleset(
                 {key("10.96.0.1", 80): same(to(40001)), key("10.96.0.3", 53, "UDP"): same(to(40003))},
                 frozenset({Guard("IPv4", "TCP", 40001), Guard("IPv4", "UDP", 40003)}),
-                INSIDERS,
+                frozenset({"10.96.0.1", "10.96.0.3"}),
+                Locality(INSIDERS),
             ),
         )
         self.assertEqual([it.call for it in self.writer.writes], ["replace"])
@@ -136,7 +145,7 @@ class RulePlaneTests(SynchronousTestCase):
         """An empty map is put into force too: our table is there from then on."""
         self.start()
         self.done()
-        self.assertEqual(self.writer.inForce, Ruleset(insiders=INSIDERS))
+        self.assertEqual(self.writer.inForce, Ruleset(locality=Locality(INSIDERS)))
 
     def test_nothingToDo(self) -> None:
         """The same map again writes nothing, be it as the same objects or as equal ones."""
@@ -158,6 +167,7 @@ class RulePlaneTests(SynchronousTestCase):
                 {key("10.96.0.2", 80): same(to(45000)), key("10.96.0.3", 53, "UDP"): None},
                 frozenset({Guard("IPv4", "TCP", 45000)}),
                 frozenset({Guard("IPv4", "TCP", 40002), Guard("IPv4", "UDP", 40003)}),
+                clusterIPsRemoved=frozenset({"10.96.0.3"}),
             ),
         )
         self.assertEqual(self.plane._fragments.made, made + 1)
@@ -198,7 +208,8 @@ class RulePlaneTests(SynchronousTestCase):
     def test_restart(self) -> None:
         """What an earlier run has left is compared with: only the difference is written."""
         left = {key("10.96.0.1", 80): same(to(40001)), key("10.96.0.8", 80): same(to(40008))}
-        self.writer.inForce = Ruleset(left, frozenset({Guard("IPv4", "TCP", 40001)}), INSIDERS)
+        addresses = frozenset({"10.96.0.1", "10.96.0.8"})
+        self.writer.inForce = Ruleset(left, frozenset({Guard("IPv4", "TCP", 40001)}), addresses, Locality(INSIDERS))
         self.start()
         self.assertEqual(self.plane.targetInForce(key("10.96.0.1", 80)), 40001)
         self.assertIsNone(self.plane.targetInForce(key("10.96.0.2", 80)))
@@ -209,13 +220,18 @@ class RulePlaneTests(SynchronousTestCase):
             Delta(
                 {key("10.96.0.2", 80): same(to(40002)), key("10.96.0.8", 80): None},
                 frozenset({Guard("IPv4", "TCP", 40002)}),
+                clusterIPsAdded=frozenset({"10.96.0.2"}),
+                clusterIPsRemoved=frozenset({"10.96.0.8"}),
             ),
         )
 
     def test_restartUnchanged(self) -> None:
         """When an earlier run has left exactly what shall be, nothing is written."""
         self.writer.inForce = Ruleset(
-            {key("10.96.0.1", 80): same(to(40001))}, frozenset({Guard("IPv4", "TCP", 40001)}), INSIDERS
+            {key("10.96.0.1", 80): same(to(40001))},
+            frozenset({Guard("IPv4", "TCP", 40001)}),
+            frozenset({"10.96.0.1"}),
+            Locality(INSIDERS),
         )
         self.start()
         self.done(self.web)
@@ -223,15 +239,15 @@ class RulePlaneTests(SynchronousTestCase):
 
     def test_otherInsiders(self) -> None:
         """When the pod networks differ from the earlier run's, they are written."""
-        self.writer.inForce = Ruleset(insiders=("10.0.0.0/8",))
+        self.writer.inForce = Ruleset(locality=Locality(("10.0.0.0/8",)))
         self.start()
         self.done()
-        self.assertEqual(self.lastDelta(), Delta(insiders=INSIDERS))
+        self.assertEqual(self.lastDelta(), Delta(locality=Locality(INSIDERS)))
 
     def test_adoptFails(self) -> None:
         """When reading fails at the start, the first update reads again."""
         adopt = self.writer.adopt
-        self.writer.inForce = Ruleset({key("10.96.0.1", 80): same(to(40001))}, insiders=INSIDERS)
+        self.writer.inForce = Ruleset({key("10.96.0.1", 80): same(to(40001))}, locality=Locality(INSIDERS))
         self.writer.adopt = lambda: fail(RulesRejected("nft: too slow"))  # type: ignore[method-assign]
         self.start()
         self.writer.adopt = adopt  # type: ignore[method-assign]
@@ -279,7 +295,7 @@ class RulePlaneTests(SynchronousTestCase):
         """A full update repairs what has been changed behind our back."""
         self.start()
         self.done(self.web, self.api)
-        self.writer.inForce = Ruleset({key("10.96.0.1", 80): same("drop")}, insiders=INSIDERS)
+        self.writer.inForce = Ruleset({key("10.96.0.1", 80): same("drop")}, locality=Locality(INSIDERS))
         self.done(self.web, self.api, full=True)
         self.assertEqual(set(self.lastDelta().rules), {key("10.96.0.1", 80), key("10.96.0.2", 80)})
         self.writer.inForce = None

@@ -10,7 +10,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from tests.shared.writers import SAMPLE, key, many, same, to
 from twisted_kproxy.core.rules import Delta, Guard, Rule, Ruleset, Target, applied, deltaBetween
-from twisted_kproxy.core.values import Endpoint, Frontend, ServicePort, ServicePortName
+from twisted_kproxy.core.values import Endpoint, Frontend, Locality, ServicePort, ServicePortName
 from twisted_kproxy.netfilter.ruleset import CannotRender, Fragments, canonicalNetworks, fragment
 
 NAME = ServicePortName("shop", "web", "http", "TCP", "IPv4")
@@ -119,11 +119,12 @@ class DeltaTests(SynchronousTestCase):
 
     def test_toItself(self) -> None:
         """From a ruleset to itself there is nothing to do."""
-        self.assertFalse(deltaBetween(SAMPLE, Ruleset(dict(SAMPLE.rules), SAMPLE.guards, SAMPLE.insiders)))
+        self.assertFalse(deltaBetween(SAMPLE, Ruleset(dict(SAMPLE.rules), SAMPLE.guards, locality=SAMPLE.locality)))
 
     def test_everyStep(self) -> None:
         """A delta leads from the one to the other, whatever they are, and names only what differs."""
-        moved = Ruleset({**SAMPLE.rules, key("10.96.0.10", 80): same("reject")}, frozenset(), ("10.0.0.0/8",))
+        ten = Locality(("10.0.0.0/8",))
+        moved = Ruleset({**SAMPLE.rules, key("10.96.0.10", 80): same("reject")}, frozenset(), locality=ten)
         some = [Ruleset(), SAMPLE, moved, many(40), many(50, 30000)]
         for old in some:
             for new in some:
@@ -132,7 +133,7 @@ class DeltaTests(SynchronousTestCase):
 
     def test_truth(self) -> None:
         """A delta that empties the insiders is one."""
-        self.assertTrue(Delta(insiders=()))
+        self.assertTrue(Delta(locality=Locality(())))
         self.assertFalse(Delta())
 
     def test_targetsDiffer(self) -> None:

@@ -41,7 +41,7 @@ class ReadinessTests(SynchronousTestCase):
         """The local pool falls back by itself, though the cluster has a ready endpoint elsewhere."""
         pools = categorize([at(1), at(2, ready=False, terminating=True, isLocal=True)], NODE)
         self.assertEqual(names(pools), (["1"], ["2"]))
-        self.assertEqual(pools.localReady, 0)
+        self.assertEqual(pools.localReady, frozenset())
 
     def test_reachableElsewhere(self) -> None:
         """A service with endpoints on other nodes only is reachable though its local pool is empty."""
@@ -51,7 +51,7 @@ class ReadinessTests(SynchronousTestCase):
     def test_localReady(self) -> None:
         """Ready local endpoints are counted by address."""
         two = [Candidate("10.0.0.1", port, isLocal=True) for port in (80, 81)]
-        self.assertEqual(categorize(two, NODE).localReady, 1)
+        self.assertEqual(categorize(two, NODE).localReady, {"10.0.0.1"})
 
     def test_serving(self) -> None:
         """Whatever serves may keep its established flows, ready or not."""

@@ -252,7 +252,7 @@ class DataplaneTests(SynchronousTestCase):
         self.update(servicePort(cluster=[A]), servicePort(portName("other"), cluster=[A]))
         before = dict(self.rules.map)
         self.update(
-            servicePort(cluster=[A, B], localReady=3, serving=frozenset({"10.244.0.10:8080"})),
+            servicePort(cluster=[A, B], localReady=frozenset({"10.244.0.10"}), serving=frozenset({"10.244.0.10:8080"})),
             servicePort(portName("other"), cluster=[A]),
         )
         for name, port in self.rules.map.items():

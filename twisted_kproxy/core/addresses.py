@@ -8,8 +8,17 @@ Kubernetes has always accepted leading zeros (``172.30.0.041`` is 172.30.0.41), 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from functools import lru_cache
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
+from ipaddress import (
+    IPv4Address,
+    IPv4Network,
+    IPv6Address,
+    IPv6Network,
+    collapse_addresses,
+    ip_address,
+    ip_network,
+)
 
 from .values import Family
 
@@ -81,8 +90,36 @@ def network(text: str) -> tuple[str, Family]:
     return str(it), family
 
 
+def joined(networks: Iterable[str]) -> tuple[str, ...]:
+    """
+    Canonical networks in the one form in which equal sets of addresses are equal: overlapping and adjacent ones
+    joined, IPv4 first, sorted.
+    """
+    four: list[IPv4Network] = []
+    six: list[IPv6Network] = []
+    for text in networks:
+        it = ip_network(text)
+        if isinstance(it, IPv4Network):
+            four.append(it)
+        else:
+            six.append(it)
+    return (*(str(it) for it in collapse_addresses(four)), *(str(it) for it in collapse_addresses(six)))
+
+
+@lru_cache(maxsize=65536)
+def contains(networks: tuple[str, ...], address: str) -> bool:
+    """Whether a canonical address is in one of these networks."""
+    it = ip_address(address)
+    return any(it in ip_network(text) for text in networks)
+
+
+def isMapped(text: str) -> bool:
+    """Whether an address is written as IPv4 within IPv6 (``::ffff:10.0.0.1``)."""
+    return ":" in text and canonical(text)[1] == "IPv4"
+
+
 def familyOf(address: str) -> Family:
-    """The family of a canonical address."""
+    """The family of a canonical address or network."""
     return "IPv6" if ":" in address else "IPv4"
 
 

@@ -44,7 +44,12 @@ class Update:
         self.renamed = self._renamed()
 
     def __bool__(self) -> bool:
-        return bool(self.changed or self.removed or self.full)
+        return bool(self.changed or self.removed or self.full or self.relocated)
+
+    @property
+    def relocated(self) -> bool:
+        """Whether addresses mean something else on this node than before."""
+        return self.previous.locality != self.current.locality
 
     def __repr__(self) -> str:
         how = "full, " if self.full else ""

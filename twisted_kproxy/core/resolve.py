@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator
 from msgspec import Struct
 
 from . import wire
-from .addresses import BadAddress, canonical, unusable
-from .topology import Candidate, NodeFacts, Pools, categorize
+from .addresses import BadAddress, canonical, contains, familyOf, isMapped, joined, network, unusable
+from .topology import Candidate, NodeFacts, categorize
 from .values import FAMILIES, Family, Frontend, FrontendKind, PoolKind, Problem, Protocol, ServicePort, ServicePortName
 
 DEFAULT_AFFINITY_SECONDS = 10800
@@ -27,10 +27,14 @@ class Resolved(Struct, frozen=True):
     What a Service means here.
 
     :ivar problems: what of it (or of its slices) is not served, and why.
+    :ivar refusedFrontends: how many of its addresses must not be reached, and are not served.
+    :ivar refusedEndpoints: the same for endpoints.
     """
 
     ports: tuple[ServicePort, ...] = ()
     problems: tuple[Problem, ...] = ()
+    refusedFrontends: int = 0
+    refusedEndpoints: int = 0
 
 
 NOTHING = Resolved()
@@ -113,6 +117,8 @@ class _Resolver:
         self.key = wire.keyOf(self.meta)
         self.problems: dict[Problem, None] = {}  # for its order
         self.more = 0
+        self.refusedFrontends: set[str] = set()
+        self.refusedEndpoints: set[str] = set()
 
     def run(self) -> Resolved:
         ports: list[ServicePort] = []
@@ -121,6 +127,7 @@ class _Resolver:
         isLoadBalancer = self.spec.type == "LoadBalancer" and self.spec.externalTrafficPolicy == "Local"
         healthCheckPort = (self.spec.healthCheckNodePort or 0) if isLoadBalancer else 0
         byFamily = self._addresses()
+        ranges = self._sourceRanges()
         for family in FAMILIES:
             addresses = byFamily.get(family)
             if not addresses:
@@ -131,7 +138,7 @@ class _Resolver:
                     ServicePort(
                         name=ServicePortName(self.meta.namespace or "", self.meta.name, name, protocol, family),
                         uid=self.meta.uid or "",
-                        frontends=tuple(self._frontends(addresses, spec, pools)),
+                        frontends=tuple(self._frontends(addresses, spec, protocol, ranges.get(family))),
                         cluster=pools.cluster,
                         local=pools.local,
                         reachable=pools.reachable,
@@ -143,10 +150,15 @@ class _Resolver:
                 )
         if self.more:
             self.problems[Problem("Service", self.key, f"and {self.more} more that are like these")] = None
-        return Resolved(tuple(ports), tuple(self.problems))
+        return Resolved(
+            tuple(ports), tuple(self.problems), len(self.refusedFrontends), len(self.refusedEndpoints)
+        )
 
-    def _problem(self, reason: str) -> None:
-        self._note(Problem("Service", self.key, reason))
+    def _problem(self, reason: str, refused: str = "") -> None:
+        """:param refused: the address or port that must not be reached, where that is the problem."""
+        if refused:
+            self.refusedFrontends.add(refused)
+        self._note(Problem("Service", self.key, reason, bool(refused)))
 
     def _note(self, problem: Problem) -> None:
         """One object must not fill the log: the first few of its problems say enough."""
@@ -207,9 +219,9 @@ class _Resolver:
             except BadAddress as error:
                 self._problem(f"{field}: {error}")
                 return
-            why = unusable(address)
+            why = self._refusal(kind, address)
             if why:
-                self._problem(f"{field}: {address} is a {why} address and is not served")
+                self._problem(f"{field}: {address} {why}; it is not served", address)
             elif first:
                 # clusterIPs holds at most one of each family; a second one is not ours to choose from
                 if family not in found:
@@ -230,21 +242,74 @@ class _Resolver:
                 take("LoadBalancer", "status.loadBalancer.ingress", ingress.ip, False)
         return found
 
+    def _refusal(self, kind: FrontendKind, address: str) -> str | None:
+        """Why nobody may be led away from an address, ``None`` where it may be served (CVE-2020-8554)."""
+        why = unusable(address)
+        if why:
+            return f"is a {why} address"
+        if kind == "ClusterIP":
+            # All of such an address is taken, not only the ports of the Service.
+            return "is an address of this node" if address in self.node.addresses else None
+        if contains(self.node.denied, address):
+            return "is in a network that frontend-deny names"
+        if self.node.allowed and not contains(self.node.allowed, address):
+            return "is in none of the networks that frontend-allow names"
+        return None
+
+    def _sourceRanges(self) -> dict[Family, tuple[str, ...]]:
+        """
+        The networks that may reach addresses of load balancers. A family for which none is given is open to all; so
+        that a slip opens nothing, where not one can be read it is closed.
+        """
+        found: dict[Family, list[str]] = {}
+        texts = [text for text in self.spec.loadBalancerSourceRanges or () if text.strip()]
+        for text in texts:
+            try:
+                cidr, family = network(text)
+            except BadAddress as error:
+                self._problem(f"loadBalancerSourceRanges: {error}")
+                continue
+            found.setdefault(family, []).append(cidr)
+        if texts and not found:
+            self._problem("loadBalancerSourceRanges: no range can be read, so nobody is let in")
+            return dict.fromkeys(FAMILIES, ())
+        return {family: joined(networks) for family, networks in found.items()}
+
     def _frontends(
-        self, addresses: list[tuple[FrontendKind, str]], spec: wire.ServicePortSpec, pools: Pools
+        self,
+        addresses: list[tuple[FrontendKind, str]],
+        spec: wire.ServicePortSpec,
+        protocol: Protocol,
+        ranges: tuple[str, ...] | None,
     ) -> Iterator[Frontend]:
         internal: PoolKind = "local" if self.spec.internalTrafficPolicy == "Local" else "cluster"
         external: PoolKind = "local" if self.spec.externalTrafficPolicy == "Local" else "cluster"
         for kind, address in addresses:
             if kind == "ClusterIP":
                 yield Frontend(kind, address, spec.port, internal, internal)
+            elif protocol == "TCP" and (address, spec.port) in self.node.servers:
+                where = f"{address}:{spec.port}"
+                self._problem(f"{where} is where the API server is reached; it is not served", where)
             else:
-                yield Frontend(kind, address, spec.port, external, "cluster")
+                sources = self._withSelf(ranges, address) if kind == "LoadBalancer" else None
+                yield Frontend(kind, address, spec.port, external, "cluster", sources)
         if spec.nodePort:
-            if 0 < spec.nodePort < 65536:
-                yield Frontend("NodePort", None, spec.nodePort, external, "cluster")
-            else:
+            if not 0 < spec.nodePort < 65536:
                 self._problem(f"nodePort {spec.nodePort} is not a port number (1 to 65535)")
+            elif protocol == "TCP" and any((it, spec.nodePort) in self.node.servers for it in self.node.addresses):
+                why = "is where the API server on this node is reached; it is not served"
+                self._problem(f"nodePort {spec.nodePort} {why}", f"nodePort {spec.nodePort}")
+            else:
+                yield Frontend("NodePort", None, spec.nodePort, external, "cluster")
+
+    def _withSelf(self, ranges: tuple[str, ...] | None, address: str) -> tuple[str, ...] | None:
+        """
+        What comes from the node may have been given the address that it was sent to as source: where the node may
+        come in, so may that.
+        """
+        if ranges is None or not any(contains(ranges, it) for it in self.node.addresses if _sameFamily(it, address)):
+            return ranges
+        return joined((*ranges, f"{address}/{32 if familyOf(address) == 'IPv4' else 128}"))
 
     def _candidates(self, name: str, protocol: Protocol, family: Family) -> Iterable[Candidate]:
         """
@@ -274,18 +339,26 @@ class _Resolver:
             except BadAddress as error:
                 self._slice(it, f"endpoint: {error}")
                 continue
-            why = unusable(address)
-            if why or actual != family:
-                what = f"a {why}" if why else f"not an {family}"
-                self._slice(it, f"endpoint {address} is {what} address; it is not used")
+            why = unusable(address) or ("IPv4-mapped" if isMapped(member.addresses[0]) else None)
+            if why:
+                self.refusedEndpoints.add(address)
+                what = f"an {why}" if why[0] in "IU" else f"a {why}"
+                self._slice(it, f"endpoint {address} is {what} address; it is not used", True)
+                continue
+            if actual != family:
+                self._slice(it, f"endpoint {address} is not an {family} address; it is not used")
                 continue
             candidate = _candidate(member, address, port, self.node)
             earlier = found.get(candidate.key)
             if earlier is None or not candidate.terminating:
                 found[candidate.key] = candidate
 
-    def _slice(self, it: wire.EndpointSlice, reason: str) -> None:
-        self._note(Problem("EndpointSlice", wire.keyOf(it.metadata), reason))
+    def _slice(self, it: wire.EndpointSlice, reason: str, refused: bool = False) -> None:
+        self._note(Problem("EndpointSlice", wire.keyOf(it.metadata), reason, refused))
+
+
+def _sameFamily(one: str, other: str) -> bool:
+    return familyOf(one) == familyOf(other)
 
 
 def _candidate(member: wire.SliceEndpoint, address: str, port: int, node: NodeFacts) -> Candidate:

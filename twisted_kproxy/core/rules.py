@@ -10,7 +10,7 @@ from typing import Literal, TypeAlias
 
 from msgspec import Struct
 
-from .values import Family, FrontendKey, Protocol
+from .values import Family, FrontendKey, Locality, Protocol
 
 #: The bit of a packet's mark (``SO_MARK``, :manpage:`socket(7)`) that says: the proxy itself sends this to an
 #: endpoint. No rule of ours rewrites or refuses such a packet. An endpoint whose address and port are a frontend as
@@ -40,11 +40,14 @@ class Rule(Struct, frozen=True, gc=False):
     What happens to new connections to one frontend.
 
     :ivar outside: those of everybody else.
-    :ivar inside: those of the node itself and of pods (sources in :attr:`Ruleset.insiders`).
+    :ivar inside: those of the node itself and of pods, as :attr:`Ruleset.locality` has it.
+    :ivar sources: networks that either of the two is for, canonical, sorted and apart from each other; packets of all
+        others are dropped. ``None`` for no such restriction.
     """
 
     outside: Verdict
     inside: Verdict
+    sources: tuple[str, ...] | None = None
 
 
 class Guard(Struct, frozen=True, order=True, gc=False):
@@ -59,12 +62,14 @@ class Ruleset(Struct, frozen=True):
     """
     The whole desired (or found) state of our part of the kernel's rules.
 
-    :ivar insiders: the pod networks, as canonical CIDRs.
+    :ivar clusterIPs: addresses that Services have: what is sent to one of them, by whatever protocol, and no rule
+        leads anywhere is refused.
     """
 
     rules: Mapping[FrontendKey, Rule] = {}
     guards: frozenset[Guard] = frozenset()
-    insiders: tuple[str, ...] = ()
+    clusterIPs: frozenset[str] = frozenset()
+    locality: Locality = Locality()
 
 
 class Delta(Struct, frozen=True):
@@ -77,10 +82,13 @@ class Delta(Struct, frozen=True):
     rules: Mapping[FrontendKey, Rule | None] = {}
     guardsAdded: frozenset[Guard] = frozenset()
     guardsRemoved: frozenset[Guard] = frozenset()
-    insiders: tuple[str, ...] | None = None
+    clusterIPsAdded: frozenset[str] = frozenset()
+    clusterIPsRemoved: frozenset[str] = frozenset()
+    locality: Locality | None = None
 
     def __bool__(self) -> bool:
-        return bool(self.rules or self.guardsAdded or self.guardsRemoved or self.insiders is not None)
+        sets = (self.rules, self.guardsAdded, self.guardsRemoved, self.clusterIPsAdded, self.clusterIPsRemoved)
+        return any(sets) or self.locality is not None
 
 
 def deltaBetween(old: Ruleset, new: Ruleset) -> Delta:
@@ -91,7 +99,9 @@ def deltaBetween(old: Ruleset, new: Ruleset) -> Delta:
         rules=rules,
         guardsAdded=new.guards - old.guards,
         guardsRemoved=old.guards - new.guards,
-        insiders=new.insiders if new.insiders != old.insiders else None,
+        clusterIPsAdded=new.clusterIPs - old.clusterIPs,
+        clusterIPsRemoved=old.clusterIPs - new.clusterIPs,
+        locality=new.locality if new.locality != old.locality else None,
     )
 
 
@@ -106,5 +116,6 @@ def applied(old: Ruleset, delta: Delta) -> Ruleset:
     return Ruleset(
         rules=rules,
         guards=(old.guards - delta.guardsRemoved) | delta.guardsAdded,
-        insiders=old.insiders if delta.insiders is None else delta.insiders,
+        clusterIPs=(old.clusterIPs - delta.clusterIPsRemoved) | delta.clusterIPsAdded,
+        locality=old.locality if delta.locality is None else delta.locality,
     )

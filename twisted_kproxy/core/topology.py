@@ -20,10 +20,18 @@ class NodeFacts(Struct, frozen=True):
 
     :ivar name: as Kubernetes knows it.
     :ivar zone: its label ``topology.kubernetes.io/zone``.
+    :ivar addresses: its own, as its Node object has them.
+    :ivar servers: address and port of each server that sources are read from.
+    :ivar allowed: networks that external IPs and addresses of load balancers must be in; none for no such restriction.
+    :ivar denied: networks that they must not be in.
     """
 
     name: str = ""
     zone: str = ""
+    addresses: frozenset[str] = frozenset()
+    servers: frozenset[tuple[str, int]] = frozenset()
+    allowed: tuple[str, ...] = ()
+    denied: tuple[str, ...] = ()
 
 
 class Candidate(Struct, frozen=True):
@@ -54,13 +62,13 @@ class Pools(Struct, frozen=True):
     The decision.
 
     :ivar reachable: some endpoint of the service port can be used, on whichever node.
-    :ivar localReady: distinct addresses of this node's ready endpoints (terminating ones never count).
+    :ivar localReady: addresses of this node's ready endpoints (terminating ones never count).
     """
 
     cluster: tuple[Endpoint, ...]
     local: tuple[Endpoint, ...]
     reachable: bool
-    localReady: int
+    localReady: frozenset[str]
     serving: frozenset[str]
 
 
@@ -81,7 +89,7 @@ def categorize(candidates: Iterable[Candidate], node: NodeFacts) -> Pools:
         cluster=_endpoints(cluster),
         local=_endpoints(local),
         reachable=bool(ready or leaving),
-        localReady=len({it.address for it in localReady}),
+        localReady=frozenset(it.address for it in localReady),
         serving=frozenset(it.key for it in every if it.serving),
     )
 

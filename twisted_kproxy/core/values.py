@@ -15,11 +15,13 @@ from msgspec import Struct
 Family: TypeAlias = Literal["IPv4", "IPv6"]
 Protocol: TypeAlias = Literal["TCP", "UDP", "SCTP"]
 PoolKind: TypeAlias = Literal["cluster", "local"]
-Kind: TypeAlias = Literal["Service", "EndpointSlice", "Endpoints", "Node"]
+Kind: TypeAlias = Literal["Service", "EndpointSlice", "Endpoints", "Node", "ServiceCIDR"]
 FrontendKind: TypeAlias = Literal["ClusterIP", "NodePort", "ExternalIP", "LoadBalancer"]
 
 FAMILIES: tuple[Family, ...] = ("IPv4", "IPv6")
-KINDS: tuple[Kind, ...] = ("Service", "EndpointSlice", "Endpoints", "Node")
+KINDS: tuple[Kind, ...] = ("Service", "EndpointSlice", "Endpoints", "Node", "ServiceCIDR")
+#: every address of both families
+EVERYWHERE: tuple[str, ...] = ("0.0.0.0/0", "::/0")
 
 
 class ServicePortName(Struct, frozen=True, order=True, gc=False):
@@ -71,6 +73,8 @@ class Frontend(Struct, frozen=True, order=True, gc=False):
     :ivar address: canonical text; ``None`` for a node port, which is every address of the node.
     :ivar pool: whom clients from outside reach.
     :ivar insidePool: whom pods and the node itself reach: external addresses are short-circuited for them.
+    :ivar sources: networks whose packets are let in, canonical and sorted; those of all others are dropped, whether
+        from inside or from outside. ``None`` for everybody.
     """
 
     kind: FrontendKind
@@ -78,6 +82,7 @@ class Frontend(Struct, frozen=True, order=True, gc=False):
     port: int
     pool: PoolKind = "cluster"
     insidePool: PoolKind = "cluster"
+    sources: tuple[str, ...] | None = None
 
 
 class FrontendKey(Struct, frozen=True, order=True, gc=False):
@@ -108,6 +113,8 @@ class ServicePort(Struct, frozen=True, gc=False):
     :ivar reachable: an endpoint exists somewhere. A frontend with an empty pool drops what it gets when it does
         (the client tries again, and elsewhere), and refuses it when it does not.
     :ivar affinitySeconds: ClientIP affinity's sliding time; 0 for none.
+    :ivar localReady: addresses of this node's endpoints that are ready: terminating ones never count. It is these that
+        the answer on the health-check port counts.
     :ivar serving: ``address:port`` of every endpoint that still serves, in a pool or not: established UDP flows to
         these may live on.
     """
@@ -120,7 +127,7 @@ class ServicePort(Struct, frozen=True, gc=False):
     reachable: bool = False
     affinitySeconds: int = 0
     healthCheckPort: int = 0
-    localReady: int = 0
+    localReady: frozenset[str] = frozenset()
     serving: frozenset[str] = frozenset()
 
     def pool(self, kind: PoolKind) -> tuple[Endpoint, ...]:
@@ -138,18 +145,46 @@ class ServicePort(Struct, frozen=True, gc=False):
         return FrontendKey(self.name.family, self.name.protocol, frontend.address or "", frontend.port)
 
 
+class Locality(Struct, frozen=True):
+    """
+    Which addresses mean what on this node. All networks are canonical CIDRs of either family.
+
+    :ivar insiders: the pod networks: who comes from there is inside, as is the node itself.
+    :ivar insiderLinks: interfaces of pods: who comes in by one of these is inside. A name that ends with ``*`` stands
+        for all that begin so.
+    :ivar nodePorts: node ports are served at those addresses of the node that are in here.
+    :ivar services: the networks of ClusterIPs: packets to an address in there that no Service has are dropped.
+    """
+
+    insiders: tuple[str, ...] = ()
+    insiderLinks: tuple[str, ...] = ()
+    nodePorts: tuple[str, ...] = EVERYWHERE
+    services: tuple[str, ...] = ()
+
+
+#: nothing is known: no pods, node ports everywhere
+PLAIN = Locality()
+
+
 class ServiceMap(Mapping[ServicePortName, ServicePort]):
     """
     All service ports of this node, immutable.
 
     :ivar generation: grows with each map that differs from the one before.
+    :ivar locality: which addresses mean what here.
     """
 
-    __slots__ = ("_ports", "generation")
+    __slots__ = ("_ports", "generation", "locality")
 
-    def __init__(self, ports: Mapping[ServicePortName, ServicePort] | None = None, generation: int = 0) -> None:
+    def __init__(
+        self,
+        ports: Mapping[ServicePortName, ServicePort] | None = None,
+        generation: int = 0,
+        locality: Locality = PLAIN,
+    ) -> None:
         self._ports = dict(ports or {})
         self.generation = generation
+        self.locality = locality
 
     def __getitem__(self, name: ServicePortName) -> ServicePort:
         return self._ports[name]
@@ -200,7 +235,20 @@ class Rejected(Struct, frozen=True):
     reason: str
 
 
+#: What a source says of objects.
 Word: TypeAlias = Change | Replaced | Rejected
+
+
+class Reached(Struct, frozen=True):
+    """
+    Where the server behind a source is reached: address and port of each. No Service may take these for itself (other
+    than as its ClusterIP), since that would cut this node, and whoever else is led by it, off from the API.
+    """
+
+    source: str
+    servers: frozenset[tuple[str, int]]
+
+
 
 
 class Problem(Struct, frozen=True, order=True):
@@ -208,11 +256,13 @@ class Problem(Struct, frozen=True, order=True):
     Something in an object that is not served, and why.
 
     :ivar key: ``namespace/name`` of the object.
+    :ivar refused: whether it is an address that must not be reached.
     """
 
     kind: Kind
     key: str
     reason: str
+    refused: bool = False
 
 
 class Outcome(Struct, frozen=True):

@@ -17,6 +17,8 @@ from .values import Kind
 SERVICE_NAME_LABEL = "kubernetes.io/service-name"
 PROXY_NAME_LABEL = "service.kubernetes.io/service-proxy-name"
 HEADLESS_LABEL = "service.kubernetes.io/headless"
+#: kinds whose objects live in no namespace
+CLUSTER_WIDE: tuple[Kind, ...] = ("Node", "ServiceCIDR")
 SERVICE_TYPES = ("ClusterIP", "NodePort", "LoadBalancer", "ExternalName")
 PROTOCOLS = ("TCP", "UDP", "SCTP")
 CHANGE_TRIGGER_ANNOTATION = "endpoints.kubernetes.io/last-change-trigger-time"
@@ -166,6 +168,15 @@ class Node(Struct, frozen=True):
     status: NodeStatus | None = None
 
 
+class ServiceCIDRSpec(Struct, frozen=True):
+    cidrs: list[str] | None = None
+
+
+class ServiceCIDR(Struct, frozen=True):
+    metadata: ObjectMeta
+    spec: ServiceCIDRSpec | None = None
+
+
 class ListMeta(Struct, frozen=True):
     resourceVersion: str | None = None
     continue_: str | None = msgspec.field(name="continue", default=None)
@@ -234,6 +245,7 @@ TYPES: dict[Kind, type[Any]] = {
     "EndpointSlice": EndpointSlice,
     "Endpoints": Endpoints,
     "Node": Node,
+    "ServiceCIDR": ServiceCIDR,
 }
 DECODERS: dict[Kind, msgspec.json.Decoder[Any]] = {kind: msgspec.json.Decoder(it) for kind, it in TYPES.items()}
 decodeMeta = msgspec.json.Decoder(OnlyMeta).decode
@@ -323,7 +335,7 @@ def _fault(service: Service) -> str | None:
 def _checked(kind: Kind, it: Any) -> Any:
     if not it.metadata.name:
         raise Unreadable("", "it has no metadata.name")
-    if kind != "Node" and not it.metadata.namespace:
+    if kind not in CLUSTER_WIDE and not it.metadata.namespace:
         raise Unreadable(it.metadata.name, "it has no metadata.namespace")
     fault = _fault(it) if kind == "Service" else None
     if fault:

@@ -215,13 +215,14 @@ class IptablesWriter:
             rules=list(delta.rules.items()),
             guards=delta.guardsAdded,
             guardsRemoved=delta.guardsRemoved,
-            insiders=delta.insiders,
+            insiders=delta.locality.insiders if delta.locality is not None else None,
         )
         return self._call(request, RulesRejected).addCallback(self._wrote)
 
     def replace(self, ruleset: Ruleset) -> Deferred[None]:
         request = self._request(
-            "replace", rules=list(ruleset.rules.items()), guards=ruleset.guards, insiders=ruleset.insiders
+            "replace", rules=list(ruleset.rules.items()), guards=ruleset.guards,
+            insiders=ruleset.locality.insiders,
         )
         return self._call(request, RulesRejected).addCallback(self._wrote)
 

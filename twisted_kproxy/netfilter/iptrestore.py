@@ -185,10 +185,10 @@ class RestoreWriter:
             raise RulesRejected("there is nothing in force, or nothing that can be read, that a step could apply to")
         new, changed = await inSlices(self._reactor, stepOf(old, delta))
         found = await self._checked(
-            Ruleset({key: rule for key, rule in changed.rules.items() if rule}, new.guards, new.insiders)
+            Ruleset({key: rule for key, rule in changed.rules.items() if rule}, new.guards, locality=new.locality)
         )
         bulk = len(changed.rules) > max(BULK[found.variant], len(old.rules) // 8)
-        if bulk or new.insiders != old.insiders or not familiesOf(new) <= self._families:
+        if bulk or new.locality != old.locality or not familiesOf(new) <= self._families:
             await self._writeWhole(new, old, False)
             return
         scripts = {

@@ -7,10 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from msgspec import Struct
 from twisted.logger import Logger
 
-from ..core.rules import Delta, Guard, Rule, Ruleset
+from ..core.rules import Delta, Rule, Ruleset
 from ..core.values import Family, FrontendKey, ServicePortName
 from ..interfaces import IRuleWriter, RulesNotJudged, RulesRejected
-from .ruleset import Fragment
+from .planning import deltaOf
+from .ruleset import Fragment, Held
 
 #: More service ports than these are not refused one by one: then the reason is another.
 MOST = 16
@@ -23,7 +24,7 @@ class Unit(Struct, frozen=True):
 
     name: ServicePortName
     rules: Mapping[FrontendKey, Rule]
-    guards: frozenset[Guard]
+    held: frozenset[Held]
 
 
 class Isolation:
@@ -57,17 +58,18 @@ class Isolation:
         :raise RulesRejected: where not even a rule that does no harm is taken: then no service port is to blame.
         """
         units = unitsOf(delta, fragments)
-        owned = {guard for unit in units for guard in unit.guards}
+        owned = {it for unit in units for it in unit.held}
         await self._sure()
-        base = Delta(guardsAdded=delta.guardsAdded - owned, insiders=delta.insiders)
+        base = deltaOf({}, (delta.guardsAdded | delta.clusterIPsAdded) - owned, locality=delta.locality)
         if base:
             await self._writer.apply(base)
         await self._part(self._named(error, units), error)
         kept = [before[name] for name in self.refused if name in before]
         keys = {key for it in kept for key, _rule in it.rules}
-        rest = Delta(
+        rest = deltaOf(
             {key: None for key, rule in delta.rules.items() if rule is None and key not in keys},
-            guardsRemoved=delta.guardsRemoved.difference(*(it.guards for it in kept)),
+            added=(),
+            removed=(delta.guardsRemoved | delta.clusterIPsRemoved).difference(*(it.held for it in kept)),
         )
         if rest:
             await self._writer.apply(rest)
@@ -81,7 +83,7 @@ class Isolation:
     async def again(self, unit: Unit) -> bool:
         """Whether a unit that was refused before is taken by now; it is in force then."""
         try:
-            await self._writer.apply(Delta(unit.rules, guardsAdded=unit.guards))
+            await self._writer.apply(deltaOf(unit.rules, unit.held))
         except RulesNotJudged:
             raise
         except RulesRejected as error:
@@ -115,9 +117,9 @@ class Isolation:
     async def _part(self, units: Sequence[Unit], error: RulesRejected) -> None:
         if not units:
             return
-        delta = Delta(
+        delta = deltaOf(
             {key: rule for unit in units for key, rule in unit.rules.items()},
-            guardsAdded=frozenset(guard for unit in units for guard in unit.guards),
+            {it for unit in units for it in unit.held},
         )
         try:
             await self._writer.apply(delta)
@@ -142,7 +144,7 @@ class Isolation:
     async def _single(self, unit: Unit) -> None:
         """Once more, in case that it was an accident."""
         try:
-            await self._writer.apply(Delta(unit.rules, guardsAdded=unit.guards))
+            await self._writer.apply(deltaOf(unit.rules, unit.held))
         except RulesNotJudged:
             raise
         except RulesRejected as refusal:
@@ -169,7 +171,7 @@ def unitsOf(delta: Delta, fragments: Iterable[Fragment]) -> list[Unit]:
     units = []
     for it in fragments:
         rules = {key: rule for key, rule in it.rules if delta.rules.get(key) == rule}
-        guards = it.guards & delta.guardsAdded
-        if rules or guards:
-            units.append(Unit(it.port.name, rules, guards))
+        held = it.held & (delta.guardsAdded | delta.clusterIPsAdded)
+        if rules or held:
+            units.append(Unit(it.port.name, rules, held))
     return units

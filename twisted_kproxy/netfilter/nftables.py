@@ -41,17 +41,17 @@ class _Known:
     def __init__(self, ruleset: Ruleset) -> None:
         self.rules: dict[FrontendKey, Rule] = dict(ruleset.rules)
         self.guards = ruleset.guards
-        self.insiders = ruleset.insiders
+        self.locality = ruleset.locality
 
     def advancing(self, delta: Delta) -> Slices[None]:
         """The delta is in force."""
         yield from updating(self.rules, delta.rules)
         self.guards = (self.guards - delta.guardsRemoved) | delta.guardsAdded
-        if delta.insiders is not None:
-            self.insiders = delta.insiders
+        if delta.locality is not None:
+            self.locality = delta.locality
 
     def ruleset(self) -> Ruleset:
-        return Ruleset(dict(self.rules), self.guards, self.insiders)
+        return Ruleset(dict(self.rules), self.guards, locality=self.locality)
 
 
 @implementer(IRuleWriter)

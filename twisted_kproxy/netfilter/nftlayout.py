@@ -172,7 +172,7 @@ def placing(ruleset: Ruleset) -> Generator[None, None, Step]:
         added += [(name, key, value) for name, value in placed(key, rule)]
         if not count % BREATH:
             yield
-    return Step(added=added, guardsAdded=ruleset.guards, insiders=ruleset.insiders, whole=True)
+    return Step(added=added, guardsAdded=ruleset.guards, insiders=ruleset.locality.insiders, whole=True)
 
 
 def wholeStep(ruleset: Ruleset) -> Step:
@@ -200,7 +200,8 @@ def stepping(
             added += [(name, key, value) for name, value in new.items() if old.get(name) != value]
         if not count % BREATH:
             yield
-    return Step(removed, added, delta.guardsRemoved & guards, delta.guardsAdded - guards, delta.insiders)
+    insiders = delta.locality.insiders if delta.locality is not None else None
+    return Step(removed, added, delta.guardsRemoved & guards, delta.guardsAdded - guards, insiders)
 
 
 def stepFor(rules: Mapping[FrontendKey, Rule], guards: frozenset[Guard], delta: Delta) -> Step:

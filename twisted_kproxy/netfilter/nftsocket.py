@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from msgspec import Struct
 
 from ..core.rules import Guard, Ruleset
-from ..core.values import FrontendKey
+from ..core.values import FrontendKey, Locality
 from . import nftelements
 from .netlink import Interrupted, NetlinkSocket, SocketOpener
 from .nftelements import Elements
@@ -129,7 +129,7 @@ class ElementSocket:
         for name in INSIDERS:
             insiders += _insiders(collected, name)
         rules = yield from gathering(elements)
-        return Ruleset(rules, frozenset(guards), canonicalNetworks(insiders))
+        return Ruleset(rules, frozenset(guards), locality=Locality(canonicalNetworks(insiders)))
 
     @staticmethod
     def mending(collected: Collected, whole: Step) -> Slices[Step]:

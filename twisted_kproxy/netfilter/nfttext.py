@@ -9,7 +9,7 @@ from hashlib import sha256
 from typing import Any
 
 from ..core.rules import PROXY_MARK, Guard, Ruleset, Target
-from ..core.values import FAMILIES, FrontendKey, Protocol
+from ..core.values import FAMILIES, FrontendKey, Locality, Protocol
 from .nftlayout import (
     BLOCKS,
     BREATH,
@@ -242,7 +242,7 @@ def readListing(listing: Mapping[str, Any]) -> Ruleset:
                 insiders += [network for e in elems for network in _networks(e)]
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise Unreadable(f"the listing of nft has another form than expected: {error!r}") from error
-    return Ruleset(gathered(elements), frozenset(guards), canonicalNetworks(insiders))
+    return Ruleset(gathered(elements), frozenset(guards), locality=Locality(canonicalNetworks(insiders)))
 
 
 def _mapElement(name: str, key: Mapping[str, Any], value: Mapping[str, Any]) -> tuple[FrontendKey, Value]:

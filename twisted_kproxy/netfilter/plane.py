@@ -12,11 +12,11 @@ from zope.interface import implementer
 
 from ..core.changes import Update
 from ..core.rules import Delta, Guard, Rule, Ruleset, Target
-from ..core.values import FrontendKey, ServiceMap, ServicePort, ServicePortName
+from ..core.values import FrontendKey, Locality, ServiceMap, ServicePort, ServicePortName
 from ..interfaces import IRulePlane, IRuleWriter, RulesNotJudged, RulesRejected
 from .isolate import Isolation, Unit
-from .planning import Claim, FlowRemover, differing, joining, updating
-from .ruleset import CannotRender, Fragment, Fragments, canonicalNetworks
+from .planning import Claim, FlowRemover, deltaOf, differing, joining, rulesetOf, updating
+from .ruleset import CannotRender, Fragment, Fragments, Held
 from .slices import Slices, inSlices
 
 
@@ -32,11 +32,9 @@ class RulePlane:
     then, and of that one what was in force before. It is tried again when it changes, and with each full update.
 
     :param writer: an :class:`~twisted_kproxy.interfaces.IRuleWriter`; the plane is its only user.
-    :param insiders: the pod networks, CIDRs.
     :param flows: forgets stale UDP flows once the rules are in; ``None`` for nobody.
     :param changedOutside: called when somebody else has changed our rules; a full update should follow.
     :param claim: is taken before anything is looked at, and given back when the rules are removed; ``None`` for none.
-    :raise ValueError: where an insider is no network.
     """
 
     log = Logger()
@@ -46,14 +44,12 @@ class RulePlane:
         reactor: Any,
         writer: IRuleWriter,
         *,
-        insiders: Iterable[str] = (),
         flows: FlowRemover | None = None,
         changedOutside: Callable[[], None] | None = None,
         claim: Claim | None = None,
     ) -> None:
         self._reactor = reactor
         self._writer = writer
-        self._insiders = canonicalNetworks(insiders)
         self._flows = flows
         self._changedOutside = changedOutside
         self._claim = claim
@@ -63,7 +59,8 @@ class RulePlane:
         self._quarantine: dict[ServicePortName, tuple[ServicePort, str]] = {}
         self._applied: ServiceMap | None = None  # the map that is in force
         self._rules: dict[FrontendKey, Rule] = {}  # what is in force, as far as we know
-        self._guards: Counter[Guard] = Counter()
+        self._held: Counter[Held] = Counter()  # how many service ports need each
+        self._locality = Locality()
         self._found: Ruleset | None = None  # what start() has read, until the first update
         self._doubt = True  # what is in force has to be read
         self._stopped = False
@@ -154,8 +151,10 @@ class RulePlane:
         return {
             "writer": self._writer.name,
             "rules": len(self._rules),
-            "guards": len(self._guards),
-            "insiders": list(self._insiders),
+            "guards": sum(isinstance(it, Guard) for it in self._held),
+            "insiders": [*self._locality.insiders, *self._locality.insiderLinks],
+            "nodePortNetworks": list(self._locality.nodePorts),
+            "serviceNetworks": list(self._locality.services),
             "writes": self._writes,
             "failures": self._failures,
             "lastWriteSeconds": self._lastSeconds,
@@ -222,19 +221,19 @@ class RulePlane:
         """Compare everything with what is in force; gives what was written."""
         found = await self._writer.adopt() if readFirst else self._found
         fragments = await inSlices(self._reactor, self._rendering(current))
-        desired, guards = await inSlices(self._reactor, joining(fragments, self._quarantine))
+        desired, held = await inSlices(self._reactor, joining(fragments, self._quarantine))
+        wanted = rulesetOf(dict(desired), held, current.locality)
         written: Delta | Ruleset | None = None
         if found is None:
-            written = Ruleset(dict(desired), frozenset(guards), self._insiders)
+            written = wanted
             try:
-                await self._writer.replace(written)
+                await self._writer.replace(wanted)
             except RulesRejected as error:
-                empty = Ruleset(insiders=self._insiders)
-                delta = await inSlices(self._reactor, differing(empty, written))
+                empty = Ruleset(locality=current.locality)
+                delta = await inSlices(self._reactor, differing(empty, wanted))
                 await self._isolate(error, delta, fragments, current, empty)
                 return written
         else:
-            wanted = Ruleset(desired, frozenset(guards), self._insiders)
             delta = await inSlices(self._reactor, differing(found, wanted))
             if delta:
                 written = delta
@@ -243,12 +242,12 @@ class RulePlane:
                 except RulesRejected as error:
                     await self._isolate(error, delta, fragments, current)
                     return written
-        self._good, self._rules, self._guards = fragments, desired, guards
+        self._good, self._rules, self._held, self._locality = fragments, desired, held, current.locality
         return written
 
     async def _step(self, changed: Collection[ServicePortName], current: ServiceMap) -> Delta | None:
         """Render what has changed, write the difference; gives what was written."""
-        delta, new, guards = await inSlices(self._reactor, self._stepping(changed, current))
+        delta, new, held = await inSlices(self._reactor, self._stepping(changed, current))
         if delta:
             try:
                 await self._writer.apply(delta)
@@ -259,25 +258,26 @@ class RulePlane:
                 return delta
         await inSlices(self._reactor, updating(self._rules, delta.rules))
         await inSlices(self._reactor, updating(self._good, new))
-        await inSlices(self._reactor, updating(self._guards, guards))
+        await inSlices(self._reactor, updating(self._held, held))
+        self._locality = current.locality
         return delta or None
 
     def _stepping(
         self, changed: Collection[ServicePortName], current: ServiceMap
-    ) -> Slices[tuple[Delta, dict[ServicePortName, Fragment | None], dict[Guard, int | None]]]:
-        """What is to be written; the fragments, and how often each guard is needed, once it is; ``None``: not."""
+    ) -> Slices[tuple[Delta, dict[ServicePortName, Fragment | None], dict[Held, int | None]]]:
+        """What is to be written; the fragments, and how many need each thing held, once it is; ``None``: nobody."""
         gone: set[FrontendKey] = set()
         come: dict[FrontendKey, Rule] = {}
-        guards: Counter[Guard] = Counter()
+        held: Counter[Held] = Counter()
         new: dict[ServicePortName, Fragment | None] = {}
         for name in changed:
             old, fragment = self._good.get(name), self._fragment(name, current.get(name))
             if old is not None:
                 gone.update(key for key, _rule in old.rules)
-                guards.subtract(old.guards)
+                held.subtract(old.held)
             if fragment is not None:
                 come.update(fragment.rules)
-                guards.update(fragment.guards)
+                held.update(fragment.held)
             new[name] = fragment
             yield
         rules: dict[FrontendKey, Rule | None] = {}
@@ -289,18 +289,19 @@ class RulePlane:
             if self._rules.get(key) != rule:
                 rules[key] = rule
             yield
-        added: set[Guard] = set()
-        removed: set[Guard] = set()
-        counts: dict[Guard, int | None] = {}
-        for guard, more in guards.items():
-            before, after = self._guards[guard], self._guards[guard] + more
-            counts[guard] = after if after > 0 else None
+        added: set[Held] = set()
+        removed: set[Held] = set()
+        counts: dict[Held, int | None] = {}
+        for it, more in held.items():
+            before, after = self._held[it], self._held[it] + more
+            counts[it] = after if after > 0 else None
             if after > 0 >= before:
-                added.add(guard)
+                added.add(it)
             elif before > 0 >= after:
-                removed.add(guard)
+                removed.add(it)
             yield
-        return Delta(rules, frozenset(added), frozenset(removed)), new, counts
+        locality = current.locality if current.locality != self._locality else None
+        return deltaOf(rules, added, removed, locality), new, counts
 
     # --- quarantine ---
 
@@ -334,7 +335,8 @@ class RulePlane:
             else:
                 fragments.pop(name, None)
         self._good, self._rules = fragments, dict(found.rules)
-        self._guards = Counter(guard for fragment in fragments.values() for guard in fragment.guards)
+        self._held = Counter(it for fragment in fragments.values() for it in fragment.held)
+        self._locality = current.locality
 
     async def _tryAgain(self, names: Iterable[ServicePortName]) -> None:
         """Whether what was refused is taken by now."""
@@ -348,12 +350,12 @@ class RulePlane:
                 continue
             isolation = Isolation(self._writer)
             missing = {key: rule for key, rule in fragment.rules if self._rules.get(key) != rule}
-            if await isolation.again(Unit(name, missing, fragment.guards)):
+            if await isolation.again(Unit(name, missing, fragment.held)):
                 self.log.info("Service port {name} has left the quarantine.", name=name)
                 del self._quarantine[name]
                 self._good[name] = fragment
                 self._rules.update(missing)
-                self._guards = Counter(guard for it in self._good.values() for guard in it.guards)
+                self._held = Counter(held for it in self._good.values() for held in it.held)
             else:
                 self._quarantine[name] = (port, isolation.refused[name])
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, MutableMapping
+from collections.abc import Collection, Iterable, Mapping, MutableMapping
 from typing import Protocol, TypeVar
 
 from twisted.internet.defer import Deferred
 
 from ..core.rules import Delta, Guard, Rule, Ruleset, Target
-from ..core.values import FrontendKey, ServicePortName
-from .ruleset import Fragment
+from ..core.values import FrontendKey, Locality, ServicePortName
+from .ruleset import Fragment, Held
 from .slices import Slices
 
 _K = TypeVar("_K")
@@ -40,23 +40,52 @@ class FlowRemover(Protocol):
 
 def joining(
     fragments: Mapping[ServicePortName, Fragment], yielding: Collection[ServicePortName]
-) -> Slices[tuple[dict[FrontendKey, Rule], Counter[Guard]]]:
+) -> Slices[tuple[dict[FrontendKey, Rule], Counter[Held]]]:
     """
-    The rules and guards of all.
+    The rules of all, and how many need each of the things held.
 
     :param yielding: names whose frontends belong to whoever else has them.
     """
     rules: dict[FrontendKey, Rule] = {}
-    guards: Counter[Guard] = Counter()
+    held: Counter[Held] = Counter()
     for name in yielding:
         if name in fragments:
             rules.update(fragments[name].rules)
     for name, fragment in fragments.items():
         if name not in yielding:
             rules.update(fragment.rules)
-        guards.update(fragment.guards)
+        held.update(fragment.held)
         yield
-    return rules, guards
+    return rules, held
+
+
+def rulesetOf(rules: Mapping[FrontendKey, Rule], held: Iterable[Held], locality: Locality) -> Ruleset:
+    """What is desired, of rules and what service ports hold."""
+    guards, clusterIPs = _apart(held)
+    return Ruleset(rules, guards, clusterIPs, locality)
+
+
+def deltaOf(
+    rules: Mapping[FrontendKey, Rule | None],
+    added: Iterable[Held],
+    removed: Iterable[Held] = (),
+    locality: Locality | None = None,
+) -> Delta:
+    """A step, of rules and what service ports hold from now on, or no more."""
+    guardsAdded, clusterIPsAdded = _apart(added)
+    guardsRemoved, clusterIPsRemoved = _apart(removed)
+    return Delta(rules, guardsAdded, guardsRemoved, clusterIPsAdded, clusterIPsRemoved, locality)
+
+
+def _apart(held: Iterable[Held]) -> tuple[frozenset[Guard], frozenset[str]]:
+    guards: set[Guard] = set()
+    clusterIPs: set[str] = set()
+    for it in held:
+        if isinstance(it, Guard):
+            guards.add(it)
+        else:
+            clusterIPs.add(it)
+    return frozenset(guards), frozenset(clusterIPs)
 
 
 def differing(found: Ruleset, wanted: Ruleset) -> Slices[Delta]:
@@ -70,8 +99,14 @@ def differing(found: Ruleset, wanted: Ruleset) -> Slices[Delta]:
         if key not in wanted.rules:
             rules[key] = None
         yield
-    insiders = wanted.insiders if found.insiders != wanted.insiders else None
-    return Delta(rules, wanted.guards - found.guards, found.guards - wanted.guards, insiders)
+    return Delta(
+        rules,
+        guardsAdded=wanted.guards - found.guards,
+        guardsRemoved=found.guards - wanted.guards,
+        clusterIPsAdded=wanted.clusterIPs - found.clusterIPs,
+        clusterIPsRemoved=found.clusterIPs - wanted.clusterIPs,
+        locality=wanted.locality if found.locality != wanted.locality else None,
+    )
 
 
 def updating(known: MutableMapping[_K, _V], step: Mapping[_K, _V | None]) -> Slices[None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import socket
 from collections.abc import Iterable, Mapping
+from typing import TypeAlias
 
 from msgspec import Struct
 
@@ -32,6 +33,9 @@ def checkRule(key: FrontendKey, rule: Rule) -> None:
             checkPort(verdict.port, f"the target of {key}")
         elif verdict not in ("reject", "drop"):
             raise Invalid(f"{key} has an unknown verdict {verdict!r}")
+    for source in rule.sources or ():
+        if (":" in source) != (key.family == "IPv6"):
+            raise Invalid(f"{key} is for sources of another family, {source!r}")
 
 
 def _checkAddress(family: Family, address: str, what: str) -> None:
@@ -52,17 +56,28 @@ def checkPort(port: int, what: str) -> None:
         raise Invalid(f"{what}: {port} is no port")
 
 
+#: What several service ports may need at a time: it goes when none of them does any more. A text is a ClusterIP.
+Held: TypeAlias = Guard | str
+
+
 class Fragment(Struct, frozen=True, gc=False):
     """
     What one service port adds to the ruleset.
 
     :ivar port: the service port that it was made from; the very object, so that a comparison with ``is`` tells
         whether the fragment is still good.
+    :ivar held: what it needs beside its rules, and shares with other service ports: the guards of its sockets, and the
+        ClusterIP that it is behind.
     """
 
     port: ServicePort
     rules: tuple[tuple[FrontendKey, Rule], ...]
-    guards: frozenset[Guard]
+    held: frozenset[Held]
+
+    @property
+    def guards(self) -> frozenset[Guard]:
+        """Those of its sockets."""
+        return frozenset(it for it in self.held if isinstance(it, Guard))
 
 
 def canonicalNetworks(networks: Iterable[str]) -> tuple[str, ...]:
@@ -107,13 +122,13 @@ def verdict(port: ServicePort, kind: PoolKind) -> Verdict:
 
 def fragment(port: ServicePort) -> Fragment:
     """
-    The rules and guards of one service port.
+    The rules of one service port, and what else it needs.
 
     :raise CannotRender: see :func:`verdict`; and where an address or a port is none.
     """
     verdicts: dict[PoolKind, Verdict] = {kind: verdict(port, kind) for kind in port.poolKinds()}
     rules = tuple(
-        (port.key(frontend), Rule(outside=verdicts[frontend.pool], inside=verdicts[frontend.insidePool]))
+        (port.key(frontend), Rule(verdicts[frontend.pool], verdicts[frontend.insidePool], frontend.sources))
         for frontend in port.frontends
     )
     try:
@@ -127,7 +142,8 @@ def fragment(port: ServicePort) -> Fragment:
         for endpoint in port.pool(kind)
         if endpoint.isSocket
     )
-    return Fragment(port, rules, guards)
+    addresses = {frontend.address for frontend in port.frontends if frontend.kind == "ClusterIP" and frontend.address}
+    return Fragment(port, rules, guards | addresses)
 
 
 class Fragments:

@@ -110,7 +110,7 @@ class Engine:
             if found is None:
                 return Reply()
             rules = list(found.rules.items())
-            return Reply(adopted=True, rules=rules, guards=found.guards, insiders=found.insiders)
+            return Reply(adopted=True, rules=rules, guards=found.guards, insiders=found.locality.insiders)
         if request.op == "replace":
             return Reply(notes=self._replace(request.ruleset(), request.lockSeconds))
         if request.op == "apply":
@@ -211,9 +211,9 @@ class Engine:
             raise Refused("there is nothing in force, or nothing that can be read, that a step could be applied to")
         new = applied(old, delta)
         changed = Delta({key: rule for key, rule in delta.rules.items() if old.rules.get(key) != rule})
-        check(Ruleset({key: rule for key, rule in changed.rules.items() if rule}, new.guards, new.insiders))
+        check(Ruleset({key: rule for key, rule in changed.rules.items() if rule}, new.guards, locality=new.locality))
         bulk = len(changed.rules) > max(BULK, len(old.rules) // 8)
-        if bulk or new.insiders != old.insiders or not familiesOf(new) <= self._families:
+        if bulk or new.locality != old.locality or not familiesOf(new) <= self._families:
             self._commit(lambda: self._replaceSteps(new), lockSeconds)
         else:
             edits = {family: editsOf(family, old, new, changed, pack) for family in self._families}

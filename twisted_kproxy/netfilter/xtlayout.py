@@ -33,7 +33,7 @@ from typing import Generic, Literal, TypeVar
 from msgspec import Struct
 
 from ..core.rules import Guard, Rule, Ruleset, Target, Verdict
-from ..core.values import Family, FrontendKey, Protocol
+from ..core.values import Family, FrontendKey, Locality, Protocol
 from .ruleset import Invalid, checkPort, checkRule
 from .slices import Slices, finish
 from .xtbytes import ACCEPT, DROP, REJECT, RESET, RETURN, Entry, UnknownBytes, pack, parse, sanitised
@@ -116,7 +116,7 @@ def checking(ruleset: Ruleset) -> Slices[None]:
 
     :raise Invalid: naming what is wrong. What passes can be packed, and the kernel has no reason to refuse it.
     """
-    for cidr in ruleset.insiders:
+    for cidr in ruleset.locality.insiders:
         checkInsider(cidr)
     for guard in ruleset.guards:
         checkPort(guard.port, f"guard {guard.protocol}")
@@ -237,7 +237,7 @@ def render(ruleset: Ruleset, family: Family, form: Callable[[Entry], _T] = pack)
     :param form: what a rule is written as.
     """
     content: Content[_T] = Content({chain: [] for chain in CHAINS["nat"]}, {chain: [] for chain in CHAINS["filter"]})
-    own = insidersOf(family, ruleset.insiders)
+    own = insidersOf(family, ruleset.locality.insiders)
     for key, rule in ruleset.rules.items():
         if key.family == family:
             for table, chain, entry in ruleEntries(key, rule, own):
@@ -245,7 +245,7 @@ def render(ruleset: Ruleset, family: Family, form: Callable[[Entry], _T] = pack)
     for guard in sorted(ruleset.guards):
         if guard.family == family:
             content.filter[GUARD].extend(form(entry) for entry in guardEntries(guard))
-    content.nat[INSIDERS].extend(form(entry) for entry in insiderEntries(family, ruleset.insiders))
+    content.nat[INSIDERS].extend(form(entry) for entry in insiderEntries(family, ruleset.locality.insiders))
     return content
 
 
@@ -325,7 +325,7 @@ def reconstruct(family: Family, found: Content[bytes]) -> Ruleset:
             raise UnknownBytes(f"{GUARD} holds something else")
         guards.add(Guard(family, entry.protocol, entry.port))
     rules = {key: it.rule(key) for key, it in frontends.items()}
-    ruleset = Ruleset(rules, frozenset(guards), tuple(insiders))
+    ruleset = Ruleset(rules, frozenset(guards), locality=Locality(tuple(insiders)))
     try:
         check(ruleset)
     except Invalid as error:
@@ -355,8 +355,8 @@ def joined(found: Mapping[Family, Ruleset]) -> Ruleset | None:
     """
     What both families say together; ``None`` where that is nothing, or where they were written at different times.
     """
-    insiders = {it.insiders for it in found.values()}
-    if len(insiders) != 1:
+    localities = {it.locality for it in found.values()}
+    if len(localities) != 1:
         return None
     rules = {key: rule for it in found.values() for key, rule in it.rules.items()}
-    return Ruleset(rules, frozenset(guard for it in found.values() for guard in it.guards), insiders.pop())
+    return Ruleset(rules, frozenset(guard for it in found.values() for guard in it.guards), locality=localities.pop())

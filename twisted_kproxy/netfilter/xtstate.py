@@ -27,8 +27,8 @@ def stepOf(old: Ruleset, delta: Delta) -> Slices[tuple[Ruleset, Delta]]:
             changed[key] = rule
         yield
     yield from updating(rules, changed)
-    rest = applied(Ruleset(guards=old.guards, insiders=old.insiders), structs.replace(delta, rules={}))
-    return Ruleset(rules, rest.guards, rest.insiders), Delta(changed)
+    rest = applied(Ruleset(guards=old.guards, locality=old.locality), structs.replace(delta, rules={}))
+    return Ruleset(rules, rest.guards, locality=rest.locality), Delta(changed)
 
 
 def understood(tables: Tables) -> tuple[Ruleset | None, set[Family]]:

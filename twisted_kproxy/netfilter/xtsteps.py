@@ -33,7 +33,7 @@ def editsOf(family: Family, old: Ruleset, new: Ruleset, changed: Delta, form: Ca
     :param form: what a rule is written as.
     """
     edits: Edits[_T] = Edits([], [], [], [], [])
-    own = insidersOf(family, new.insiders)
+    own = insidersOf(family, new.locality.insiders)
 
     def written(key: FrontendKey, ruleset: Ruleset) -> dict[tuple[TableName, str], list[_T]]:
         rule = ruleset.rules.get(key)

@@ -13,7 +13,7 @@ import msgspec
 from msgspec import Struct
 
 from ..core.rules import Delta, Guard, Rule, Ruleset
-from ..core.values import FrontendKey
+from ..core.values import FrontendKey, Locality
 
 #: File descriptors of the worker: 0, 1 and 2 are out of the question, since the library writes to 1.
 REQUESTS, REPLIES = 3, 4
@@ -46,11 +46,12 @@ class Request(Struct, frozen=True, omit_defaults=True):
     def ruleset(self) -> Ruleset:
         """What ``replace`` asks for."""
         rules = {key: rule for key, rule in self.rules if rule is not None}
-        return Ruleset(rules, self.guards, self.insiders or ())
+        return Ruleset(rules, self.guards, locality=Locality(self.insiders or ()))
 
     def delta(self) -> Delta:
         """What ``apply`` asks for."""
-        return Delta(dict(self.rules), self.guards, self.guardsRemoved, self.insiders)
+        locality = Locality(self.insiders) if self.insiders is not None else None
+        return Delta(dict(self.rules), self.guards, self.guardsRemoved, locality=locality)
 
 
 class Reply(Struct, frozen=True, omit_defaults=True):
@@ -89,7 +90,7 @@ class Reply(Struct, frozen=True, omit_defaults=True):
 
     def ruleset(self) -> Ruleset | None:
         """What ``adopt`` found."""
-        return Ruleset(dict(self.rules), self.guards, self.insiders) if self.adopted else None
+        return Ruleset(dict(self.rules), self.guards, locality=Locality(self.insiders)) if self.adopted else None
 
 
 decodeRequest = msgspec.json.Decoder(Request).decode

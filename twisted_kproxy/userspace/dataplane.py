@@ -169,7 +169,7 @@ class UserspaceDataplane:
                 self._mayGoOn()
         self._forgetFaults(update.current)
         self._tellHomeless()
-        self._redirected = ServiceMap(ports, update.current.generation)
+        self._redirected = ServiceMap(ports, update.current.generation, update.current.locality)
         await self._rules.onUpdate(Update(previous, self._redirected, full))
         self._inForce = self._redirected
         self._sound = True
@@ -366,7 +366,9 @@ class UserspaceDataplane:
         The rules go only afterwards. Without any, clients would wait for an answer that never comes; and where they are
         the only ones that rewrite addresses the kernel would no longer do so for established connections either.
         """
-        refusing = ServiceMap({name: closed(port) for name, port in self._redirected.items()})
+        refusing = ServiceMap(
+            {name: closed(port) for name, port in self._redirected.items()}, locality=self._redirected.locality
+        )
         try:
             await self._rules.onUpdate(Update(self._inForce, refusing, not self._sound))
         except Exception:

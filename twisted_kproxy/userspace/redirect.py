@@ -78,7 +78,7 @@ def openingError(error: Exception) -> str:
 
 def closed(port: ServicePort) -> ServicePort:
     """As the rules see a service port that cannot be served: every client is refused at once."""
-    return replace(port, cluster=(), local=(), reachable=False, localReady=0, serving=frozenset())
+    return replace(port, cluster=(), local=(), reachable=False, localReady=frozenset(), serving=frozenset())
 
 
 def redirected(port: ServicePort, targets: Mapping[PoolKind, tuple[Endpoint, ...]], sound: bool) -> ServicePort:
@@ -93,7 +93,7 @@ def redirected(port: ServicePort, targets: Mapping[PoolKind, tuple[Endpoint, ...
         cluster=targets["cluster"],
         local=targets["local"],
         reachable=port.reachable and sound,
-        localReady=0,
+        localReady=frozenset(),
         serving=frozenset(str(it) for pool in targets.values() for it in pool),
     )
 
