@@ -1,7 +1,7 @@
 """
 One Service, its slices and the node → the service ports that it means here.
 
-Port identity and endpoint rules follow kubernetes ``pkg/proxy/serviceport.go`` and ``endpointslicecache.go``.
+Port identity follows kubernetes ``pkg/proxy/serviceport.go``.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from collections.abc import Iterable, Iterator
 from msgspec import Struct
 
 from . import wire
-from .addresses import BadAddress, canonical, contains, familyOf, isMapped, joined, network, unusable
-from .topology import Candidate, NodeFacts, categorize
+from .addresses import BadAddress, canonical, contains, familyOf, joined, network, unusable
+from .candidates import gather, ordered
+from .topology import NodeFacts, categorize
 from .values import FAMILIES, Family, Frontend, FrontendKind, PoolKind, Problem, Protocol, ServicePort, ServicePortName
 
 DEFAULT_AFFINITY_SECONDS = 10800
@@ -113,7 +114,7 @@ class _Resolver:
         self.spec = service.spec
         self.status = service.status
         self.node = node
-        self.slices = sorted(slices, key=lambda it: it.metadata.name)
+        self.slices = ordered(slices)
         self.key = wire.keyOf(self.meta)
         self.problems: dict[Problem, None] = {}  # for its order
         self.more = 0
@@ -133,7 +134,8 @@ class _Resolver:
             if not addresses:
                 continue
             for name, protocol, spec in specs:
-                pools = categorize(self._candidates(name, protocol, family), self.node)
+                found = gather(self.slices, name, protocol, family, self.node, self._slice)
+                pools = categorize(found.values(), self.node)
                 ports.append(
                     ServicePort(
                         name=ServicePortName(self.meta.namespace or "", self.meta.name, name, protocol, family),
@@ -311,69 +313,11 @@ class _Resolver:
             return ranges
         return joined((*ranges, f"{address}/{32 if familyOf(address) == 'IPv4' else 128}"))
 
-    def _candidates(self, name: str, protocol: Protocol, family: Family) -> Iterable[Candidate]:
-        """
-        Every endpoint of one service port, once. Of duplicates the later one (in order of slice names) counts,
-        unless it is terminating: a running pod beats a terminating one that had the same address.
-        """
-        found: dict[str, Candidate] = {}
-        for it in self.slices:
-            if it.addressType != family:
-                continue
-            for port in it.ports or ():
-                if port.name is None:
-                    self._slice(it, "a port without name is ignored")
-                elif port.name == name and (port.protocol or "TCP") == protocol:
-                    if port.port is None or not 0 < port.port < 65536:
-                        self._slice(it, f"port {name!r} has no usable number ({port.port}) and is ignored")
-                    else:
-                        self._members(it, port.port, family, found)
-        return found.values()
-
-    def _members(self, it: wire.EndpointSlice, port: int, family: Family, found: dict[str, Candidate]) -> None:
-        for member in it.endpoints or ():
-            if not member.addresses:
-                continue
-            try:
-                address, actual = canonical(member.addresses[0])
-            except BadAddress as error:
-                self._slice(it, f"endpoint: {error}")
-                continue
-            why = unusable(address) or ("IPv4-mapped" if isMapped(member.addresses[0]) else None)
-            if why:
-                self.refusedEndpoints.add(address)
-                what = f"an {why}" if why[0] in "IU" else f"a {why}"
-                self._slice(it, f"endpoint {address} is {what} address; it is not used", True)
-                continue
-            if actual != family:
-                self._slice(it, f"endpoint {address} is not an {family} address; it is not used")
-                continue
-            candidate = _candidate(member, address, port, self.node)
-            earlier = found.get(candidate.key)
-            if earlier is None or not candidate.terminating:
-                found[candidate.key] = candidate
-
-    def _slice(self, it: wire.EndpointSlice, reason: str, refused: bool = False) -> None:
-        self._note(Problem("EndpointSlice", wire.keyOf(it.metadata), reason, refused))
+    def _slice(self, it: wire.EndpointSlice, reason: str, refused: str) -> None:
+        if refused:
+            self.refusedEndpoints.add(refused)
+        self._note(Problem("EndpointSlice", wire.keyOf(it.metadata), reason, bool(refused)))
 
 
 def _sameFamily(one: str, other: str) -> bool:
     return familyOf(one) == familyOf(other)
-
-
-def _candidate(member: wire.SliceEndpoint, address: str, port: int, node: NodeFacts) -> Candidate:
-    conditions = member.conditions or wire.EndpointConditions()
-    ready = conditions.ready is not False
-    # discovery.k8s.io/v1beta1 names the node by a topology label
-    nodeName = member.nodeName or (member.topology or {}).get("kubernetes.io/hostname")
-    hints = member.hints or wire.EndpointHints()
-    return Candidate(
-        address=address,
-        port=port,
-        ready=ready,
-        serving=conditions.serving is not False,
-        terminating=conditions.terminating is True,
-        isLocal=bool(nodeName) and nodeName == node.name,
-        zones=frozenset(it.name for it in hints.forZones or ()),
-        nodes=frozenset(it.name for it in hints.forNodes or ()),
-    )
