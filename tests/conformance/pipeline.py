@@ -257,7 +257,8 @@ def faults(row: Row, writer: str, machine: Machine | None = None) -> list[str]:
     """What is not as the row says; nothing where all is well."""
     machine = machine or Machine(row.objects, row.settings)
     chains = WRITERS[writer](machine.ruleset)
-    pods = row.settings.get("pod-bridge") or f"{row.settings.get('pod-interface-prefix', 'cbr')}0".replace("cbr0", "cbr")
+    prefix = row.settings.get("pod-interface-prefix")
+    pods = row.settings.get("pod-bridge") or (f"{prefix}1a2b3c" if prefix else "cbr")
     found = []
     for flow in row.flows:
         try:

@@ -54,12 +54,14 @@ class Chain(Struct):
     A chain that the kernel calls.
 
     :ivar run: what it says of a packet; rewrites it.
+    :ivar version: of the packets that it gets, 4 or 6; 0 for both.
     """
 
     hook: str
     priority: int
     isNat: bool
     run: Callable[[Packet], Verdict]
+    version: int = 0
 
 
 class Fate(Struct, frozen=True):
@@ -89,7 +91,7 @@ def trace(chains: Collection[Chain], packet: Packet) -> Fate:
 
     def through(hook: str) -> Fate | None:
         for chain in sorted((it for it in chains if it.hook == hook), key=lambda it: it.priority):
-            if chain.isNat and packet.judged:
+            if (chain.isNat and packet.judged) or chain.version not in (0, packet.version):
                 continue
             before = packet.address, packet.port
             verdict = chain.run(packet)

@@ -124,6 +124,7 @@ class IptablesRules:
                 _PRIORITIES[table],
                 table == "nat",
                 lambda packet, chains=chains, hook=hook: self._chain(chains, hook, packet) or "accept",  # type: ignore[misc]
+                self.version,
             )
             for table, chains in self._tables.items()
             for hook in _HOOKS
@@ -131,8 +132,6 @@ class IptablesRules:
 
     def _chain(self, chains: dict[str, list[_Rule]], name: str, packet: Packet) -> Verdict | None:
         """What a chain says; ``None`` where its end is reached, or a rule sends the packet back."""
-        if packet.version != self.version:
-            return None
         for rule in chains[name]:
             if not all(holds(packet) for holds in rule.tests):
                 continue
