@@ -302,7 +302,7 @@ def _(s: Site) -> None:
 
 table.topic = "Choice among endpoints"
 table.shown("round-robin", "Each endpoint in turn", "kubernetes pkg/proxy/userspace/roundrobin.go",
-            "unit.test_balancer.test_multipleEndpoints", "unit.test_policies.test_inTurn",
+            "unit.test_balancer.test_multipleEndpoints", "unit.test_policies.test_oneAfterTheOther",
             why="kube-proxy chooses by chance, which is uneven at low rates; policy = random does so too.")  # fmt: skip
 table.shown("retry", "A client whose endpoint does not answer is connected to another one",
             "kubernetes pkg/proxy/userspace", "integration.test_endtoend.test_killedBackend",

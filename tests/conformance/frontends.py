@@ -131,10 +131,10 @@ def _(s: Site) -> None:
 def _(s: Site) -> None:
     other = Site(s.row, s.number)
     other.family, other.IPv = (6, "IPv6") if s.family == 4 else (4, "IPv4")
-    s.service(clusterIPs=[s.vip, other.vip], ipFamilies=[s.IPv, other.IPv], ipFamilyPolicy="PreferDualStack")
+    s.service(clusterIPs=[s.vip, other.at(5)], ipFamilies=[s.IPv, other.IPv], ipFamilyPolicy="PreferDualStack")
     s.slice("p0a", "p1a")
     s.flow("pod", s.vip, 80, ["p0a", "p1a"])
-    s.flow("pod", other.vip, 80, "reject")
+    s.flow("pod", other.at(5), 80, "reject")
 
 
 @case("single-stack", "Addresses of a family that the Service does not have are not captured",

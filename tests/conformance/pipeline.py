@@ -5,6 +5,7 @@ sockets that are none, the rule plane, and the text that each writer makes. Then
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
@@ -174,26 +175,6 @@ class Machine:
             raise Wrong(f"nobody listens on {port}/{protocol}/{family}")
         return frozenset(str(it) for it in self.balancer.endpoints(socket.pool))
 
-    def packet(self, flow: Flow, pods: str = "cbr") -> Packet:
-        """
-        The packet that a flow begins with.
-
-        :param pods: how the interface of this node's pods is called.
-        """
-        four = ":" not in flow.address
-        node = OWN["IPv4" if four else "IPv6"]
-        addresses = {
-            "pod": ("10.244.0.11" if four else "fd00:10:244::11", pods),
-            "other pod": ("10.244.1.10" if four else "fd00:10:244:1::10", "eth0"),
-            "node": (node, ""),
-            "outside": (LAN[4 if four else 6].format(5), "eth0"),
-        }
-        isPod = flow.source.startswith(("10.244.0.", "fd00:10:244::"))
-        source, link = addresses.get(flow.source, (flow.source, pods if isPod else "eth0"))
-        if not link and (flow.address in LOCAL or flow.address in ("127.0.0.1", "::1")):
-            source = flow.address
-        return Packet(source, flow.address, flow.port, flow.protocol, link, LOCAL)
-
     def answer(self, chains: Iterable[Chain], packet: Packet) -> frozenset[str] | str:
         """
         Where a packet ends: endpoints, or a word.
@@ -212,6 +193,28 @@ class Machine:
         if not fate.isHere or fate.address != OWN[family]:
             raise Wrong(f"it is led to {fate.address}")
         return self.endpoints(family, packet.protocol, fate.port)
+
+
+def packetOf(flow: Flow, settings: Mapping[str, str]) -> Packet:
+    """
+    The packet that a flow begins with.
+
+    :param settings: of the row; they say how the interfaces of this node's pods are called.
+    """
+    prefix = settings.get("pod-interface-prefix")
+    pods = settings.get("pod-bridge") or (f"{prefix}1a2b3c" if prefix else "cbr")
+    four = ":" not in flow.address
+    addresses = {
+        "pod": ("10.244.0.11" if four else "fd00:10:244::11", pods),
+        "other pod": ("10.244.1.10" if four else "fd00:10:244:1::10", "eth0"),
+        "node": (OWN["IPv4" if four else "IPv6"], ""),
+        "outside": (LAN[4 if four else 6].format(5), "eth0"),
+    }
+    isPod = flow.source.startswith(("10.244.0.", "fd00:10:244::"))
+    source, link = addresses.get(flow.source, (flow.source, pods if isPod else "eth0"))
+    if not link and (flow.address in LOCAL or ipaddress.ip_address(flow.address).is_loopback):
+        source = flow.address
+    return Packet(source, flow.address, flow.port, flow.protocol, link, LOCAL)
 
 
 # --- what each writer makes of rules ---------------------------------------------------------------------------------
@@ -257,12 +260,10 @@ def faults(row: Row, writer: str, machine: Machine | None = None) -> list[str]:
     """What is not as the row says; nothing where all is well."""
     machine = machine or Machine(row.objects, row.settings)
     chains = WRITERS[writer](machine.ruleset)
-    prefix = row.settings.get("pod-interface-prefix")
-    pods = row.settings.get("pod-bridge") or (f"{prefix}1a2b3c" if prefix else "cbr")
     found = []
     for flow in row.flows:
         try:
-            answer = machine.answer(chains, machine.packet(flow, pods))
+            answer = machine.answer(chains, packetOf(flow, row.settings))
         except Wrong as error:
             answer = str(error)
         if answer != flow.expected:

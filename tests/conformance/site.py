@@ -53,6 +53,7 @@ class Row(Struct):
     :ivar rule: where the rule comes from.
     :ivar family: 4 or 6; 0 for what has none.
     :ivar proofs: tests that show what packets cannot: ``LAYER.MODULE.test``.
+    :ivar keys: what takes the place of a flag here: ``[section] key`` of the configuration.
     :ivar verdict: ``works``, ``differs`` or ``left out``; the last two with a reason, in ``why``.
     :ivar kernel: whether it is tried with the real kernel too.
     """
@@ -66,6 +67,7 @@ class Row(Struct):
     settings: Mapping[str, str] = {}
     flows: list[Flow] = []
     proofs: tuple[str, ...] = ()
+    keys: tuple[str, ...] = ()
     verdict: Literal["works", "differs", "left out"] = "works"
     why: str = ""
     kernel: bool = False
@@ -297,7 +299,8 @@ class Table:
             for family in families:
                 verdict: Literal["works", "differs"] = "differs" if why else "works"
                 row = Row(
-                    name, self.topic, title, rule, family, [], settings, [], tuple(proofs), verdict, why, kernel,
+                    name, self.topic, title, rule, family, settings=settings, proofs=tuple(proofs), verdict=verdict,
+                    why=why, kernel=kernel,
                 )  # fmt: skip
                 self._made.append((row, make))
             return make
@@ -307,6 +310,13 @@ class Table:
     def shown(self, name: str, title: str, rule: str, *proofs: str, why: str = "") -> None:
         """What is no packet: tests prove it."""
         row = Row(name, self.topic, title, rule, proofs=proofs, verdict="differs" if why else "works", why=why)
+        self._made.append((row, None))
+
+    def flag(self, flags: str, *keys: str, why: str = "") -> None:
+        """Flags of kube-proxy, without their dashes, and the keys of the configuration that say the same here."""
+        title = ", ".join(f"``--{it}``" for it in flags.split())
+        verdict: Literal["works", "differs"] = "differs" if why else "works"
+        row = Row(f"flag-{flags.split()[0]}", self.topic, title, "", keys=keys, verdict=verdict, why=why)
         self._made.append((row, None))
 
     def leftOut(self, name: str, title: str, rule: str, why: str) -> None:

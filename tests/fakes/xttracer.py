@@ -82,7 +82,7 @@ class IptablesRules:
                 elif value == "REJECT" and left[:1] == ["--reject-with"]:
                     left = left[2:]
                 continue
-            if option == "-m" and value in _MATCHES or option == "--comment":
+            if (option == "-m" and value in _MATCHES) or option == "--comment":
                 continue
             tests.append(self._test(option, value, negated, words))
         if not target:
