@@ -12,6 +12,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from tests.shared.writers import NODE4, NODE6, SAMPLE, key, many, same, to
 from twisted_kproxy.core.rules import Delta, Guard, Rule, Ruleset, Target, applied, deltaBetween
 from twisted_kproxy.core.values import FAMILIES, Family, FrontendKey, Locality
+from twisted_kproxy.netfilter.ruleset import Invalid
 from twisted_kproxy.netfilter.xtbytes import (
     ACCEPT,
     DROP,
@@ -36,13 +37,13 @@ from twisted_kproxy.netfilter.xtlayout import (
     REFUSE,
     TABLES,
     Content,
-    Invalid,
-    check,
-    insidersOf,
-    reconstruct,
+    Place,
+    placeOf,
     render,
     ruleEntries,
 )
+from twisted_kproxy.netfilter.xtread import reconstruct
+from twisted_kproxy.netfilter.xtvalid import check
 
 #: What libxtables 1.8.9 makes of ``-s 10.1.0.0/16 -d 10.0.0.1 -p tcp -m comment --comment "kproxy x" -m tcp --dport 80
 #: -j DNAT --to-destination 192.168.0.9:4000``.
@@ -207,7 +208,7 @@ class LayoutTests(SynchronousTestCase):
         ruleset = Ruleset(rules, guards, locality=Locality(insiders))
         order = list(rules.items())
         draw.shuffle(order)
-        shuffled = Ruleset(dict(order), guards, insiders)
+        shuffled = Ruleset(dict(order), guards, locality=Locality(insiders))
         self.assertEqual(reconstruct("IPv4", render(shuffled, "IPv4")), ruleset)
 
     def test_damage(self) -> None:
@@ -257,7 +258,7 @@ class LayoutTests(SynchronousTestCase):
 
     def test_insideFirst(self) -> None:
         """Insiders' rules come before the one for everybody; the node's own have a chain of their own."""
-        own = insidersOf("IPv4", ("10.1.0.0/16", "fd00::/8", "10.2.0.0/16"))
+        own = placeOf("IPv4", Locality(("10.1.0.0/16", "fd00::/8", "10.2.0.0/16")))
         entries = list(ruleEntries(key("203.0.113.5", 80), Rule(to(1), to(2)), own))
         self.assertEqual(
             [(chain, entry.source, entry.target) for _, chain, entry in entries],
@@ -278,8 +279,9 @@ class LayoutTests(SynchronousTestCase):
 
     def test_everybodyIsInside(self) -> None:
         """A pod network of everything is still a condition that can be told from none."""
-        self.assertEqual(insidersOf("IPv4", ("0.0.0.0/0",)), ("0.0.0.0/1", "128.0.0.0/1"))
-        self.assertEqual(insidersOf("IPv6", ("::/0",)), ("::/1", "8000::/1"))
+        everything = Locality(("0.0.0.0/0", "::/0"))
+        self.assertEqual(placeOf("IPv4", everything), Place(("0.0.0.0/1", "128.0.0.0/1")))
+        self.assertEqual(placeOf("IPv6", everything), Place(("::/1", "8000::/1")))
 
     def test_check(self) -> None:
         """What the kernel could not take is refused by name."""

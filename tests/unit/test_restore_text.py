@@ -84,10 +84,12 @@ class TextTests(SynchronousTestCase):
         self.assertEqual(entryOf("IPv4", good).port, 80)
         for bad in (
             good.replace("-d ", "! -d "),
-            good.replace("-p tcp", "-i eth0 -p tcp"),
+            good.replace("-p tcp", "-o eth0 -p tcp"),
             good.replace("--dport 80", "--dport 80:90"),
             good.replace("--dport 80", "--sport 80"),
             good.replace("/32", "/24"),
+            good.replace("/32", "/33"),
+            good.replace("-p tcp", "-i a-name-too-long-for-it -p tcp"),
             good.replace("-j DROP", "-m limit --limit 1/sec -j DROP"),
             good.replace("-j DROP", "-g KPROXY-X"),
             good.replace("-m tcp", "-m udp"),
