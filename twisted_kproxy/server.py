@@ -29,6 +29,7 @@ from .cluster import Cluster
 from .config import Config, effective, nodeSettings
 from .core.changes import Update
 from .core.values import FAMILIES, PoolName
+from .explainer import Explainer
 from .interfaces import (
     IBalancingPolicy,
     IDataplane,
@@ -48,7 +49,7 @@ from .metrics import LoopLag, Metrics
 from .netfilter.choose import chooseWriter, removeLeftovers
 from .netfilter.claim import NamespaceClaim
 from .netfilter.conntrack import Flows
-from .netfilter.node import primaryAddress
+from .netfilter.node import ownAddresses, primaryAddress, sourceTowards
 from .netfilter.plane import RulePlane
 from .redaction import redactedValue
 from .report import Report
@@ -61,7 +62,7 @@ from .userspace.relay import SocketRelay
 from .userspace.tcp import TcpProxier
 from .userspace.udp import UdpProxier
 from .web.site import Listener, makeSite
-from .web.status import HealthState, healthPages, metricsPages, tree
+from .web.status import HealthState, explainPage, healthPages, metricsPages, tree
 
 #: in order of preference; others are chosen by name only
 AUTOMATIC_WRITERS = ("nftables", "python-iptables", "iptables")
@@ -175,6 +176,7 @@ class ProxyServer(MultiService):
                 lambda: redactedValue(effective(config)),
                 report.parts(),
             ),
+            **explainPage(self._makeExplainer(report).answer),
         }
         for what, bind, content in (("health", config.healthBind, health), ("metrics", config.metricsBind, pages)):
             if bind is not None:
@@ -182,6 +184,21 @@ class ProxyServer(MultiService):
                 Listener(self._reactor, site, bind.host, bind.port, what).setServiceParent(self)  # type: ignore[no-untyped-call]
         LoopLag(self._reactor, self.metrics.observeLag).setServiceParent(self)  # type: ignore[no-untyped-call]
         self.notifier.setServiceParent(self)  # type: ignore[no-untyped-call]
+
+    def _makeExplainer(self, report: Report) -> Explainer:
+        config = self._config
+        return Explainer(
+            self.cluster,
+            applied=lambda: self.syncer.applied if self.syncer is not None else None,
+            sync=report.sync,
+            boundTo=self.balancer.boundTo,
+            failing=self.failures.status,
+            dataplane=report.dataplane,
+            addresses=ownAddresses,
+            sourceTowards=sourceTowards,
+            userspace=config.mode == "userspace",
+            masqueradeAll=config.masqueradeAll,
+        )
 
     async def _chooseWriter(self) -> IRuleWriter:
         wanted = self._config.writer

@@ -349,7 +349,7 @@ class WriterTests:
         """The sources of a frontend go from any to any others, alone and with where it leads."""
         some: dict[Family, list[tuple[str, ...] | None]] = {
             "IPv4": [None, (), ("10.0.0.0/8",), ("10.0.0.0/9", "192.0.2.0/24"), ("10.0.0.0/8", "192.0.2.1/32")],
-            "IPv6": [None, (), ("fd00::/8",), ("fd00::/9", "2001:db8::/32"), ("2001:db8::1/128", "fd00::/8")],
+            "IPv6": [None, (), ("fd00::/8",), ("2001:db8::/32", "fd00::/9"), ("2001:db8::1/128", "fd00::/8")],
         }
         for family, node, where in (("IPv4", NODE4, "203.0.113.9"), ("IPv6", NODE6, "2001:db8:5::9")):
             keys = [key(where, 80), key(where, 80, "UDP"), key(where, 81)]

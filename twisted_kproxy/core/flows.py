@@ -39,7 +39,7 @@ class Flow(Struct, frozen=True):
     """
     A new connection, or the first datagram of many.
 
-    :ivar source: canonical address of the client.
+    :ivar source: canonical address of the client; ``""`` for anybody's, see :func:`anybody`.
     :ivar destination: canonical address that it dials, of the same family.
     :ivar protocol: ``TCP``, ``UDP`` or ``SCTP``; anything else can reach no service port.
     :ivar link: the interface by which it comes in; ``None`` where that is not known, and for the node itself.
@@ -85,7 +85,7 @@ class Decision(Struct, frozen=True):
 
     :ivar hit: what is dialled. Without a service port (all but ``service`` and ``not served here``) there is neither
         ``port`` nor ``frontend``; without ``service`` none of ``pool``, ``endpoints`` and ``masquerade`` says anything.
-    :ivar admitted: ``loadBalancerSourceRanges`` let the source in, or there are none.
+    :ivar admitted: ``loadBalancerSourceRanges`` let the source in, or there are none, or it is anybody's.
     :ivar pool: the one that serves it, or would if it had endpoints; ``None`` where it does not come to that.
     :ivar endpoints: the members of that pool, any of which may get the flow.
     :ivar masquerade: why a dataplane in the kernel rewrites the source whichever endpoint is chosen; ``None`` where
@@ -149,7 +149,7 @@ def originOf(flow: Flow, locality: Locality, addresses: Collection[str]) -> Orig
 
     :param addresses: of the node, canonical.
     """
-    networks = tuple(it for it in locality.insiders if familyOf(it) == flow.family)
+    networks = _podNetworks(locality, flow.family)
     links = locality.insiderLinks
     detected = bool(networks or links)
     if flow.fromNode:
@@ -170,6 +170,20 @@ def originOf(flow: Flow, locality: Locality, addresses: Collection[str]) -> Orig
     return Origin(False, False, True, where)
 
 
+def anybody(isInside: bool, locality: Locality, family: Family) -> Origin:
+    """Where a flow comes from of which no more is known than on which side it begins."""
+    detected = bool(_podNetworks(locality, family) or locality.insiderLinks)
+    if not isInside:
+        return Origin(False, False, detected, "as anybody from elsewhere")
+    if detected:
+        return Origin(True, False, True, "as a pod of this node; the node itself meets the same pool")
+    return Origin(False, True, False, f"as the node itself: no {family} pod network is known")
+
+
+def _podNetworks(locality: Locality, family: Family) -> tuple[str, ...]:
+    return tuple(it for it in locality.insiders if familyOf(it) == family)
+
+
 def _isLink(pattern: str, link: str) -> bool:
     return link.startswith(pattern[:-1]) if pattern.endswith("*") else link == pattern
 
@@ -179,18 +193,25 @@ def isOwn(address: str, addresses: Collection[str]) -> bool:
     return address in addresses or contains((LOCALHOST[familyOf(address)],), address)
 
 
-def decide(frontends: Frontends, addresses: Collection[str], flow: Flow, masqueradeAll: bool = False) -> Decision:
+def decide(
+    frontends: Frontends,
+    addresses: Collection[str],
+    flow: Flow,
+    masqueradeAll: bool = False,
+    origin: Origin | None = None,
+) -> Decision:
     """
     What becomes of a flow: first the addresses of Services count, then node ports, then what belongs to no Service.
 
     :param addresses: of the node, canonical: where node ports may be served.
     :param masqueradeAll: as in the configuration.
+    :param origin: where it comes from, if not what the flow itself says.
     """
     locality = frontends.services.locality
-    origin = originOf(flow, locality, addresses)
+    origin = origin or originOf(flow, locality, addresses)
     found = frontends.find(flow)
     if found is not None:
-        return _served(flow, origin, *found, masqueradeAll)
+        return serve(flow, origin, *found, masqueradeAll)
     what = f"{flow.port}/{flow.protocol}"
     if frontends.isClusterIP(flow.destination):
         why = f"{flow.destination} is a ClusterIP, and no Service that has it has a port {what}"
@@ -203,7 +224,7 @@ def decide(frontends: Frontends, addresses: Collection[str], flow: Flow, masquer
         if not contains(locality.nodePorts, flow.destination):
             why = f"node ports are not served at {flow.destination}: it is in none of the networks for them"
             return Decision(flow, origin, "not served here", "untouched", why, *found)
-        return _served(flow, origin, *found, masqueradeAll)
+        return serve(flow, origin, *found, masqueradeAll)
     if contains(locality.services, flow.destination):
         why = f"{flow.destination} is in a network of ClusterIPs, and no Service has it"
         return Decision(flow, origin, "unallocated", "drop", why)
@@ -211,8 +232,11 @@ def decide(frontends: Frontends, addresses: Collection[str], flow: Flow, masquer
     return Decision(flow, origin, "none", "untouched", why)
 
 
-def _served(flow: Flow, origin: Origin, port: ServicePort, frontend: Frontend, masqueradeAll: bool) -> Decision:
-    if frontend.sources is not None and not contains(frontend.sources, flow.source):
+def serve(
+    flow: Flow, origin: Origin, port: ServicePort, frontend: Frontend, masqueradeAll: bool = False
+) -> Decision:
+    """What becomes of a flow to that frontend of that service port."""
+    if frontend.sources is not None and flow.source and not contains(frontend.sources, flow.source):
         why = f"{flow.source} is in none of loadBalancerSourceRanges"
         return Decision(flow, origin, "service", "drop", why, port, frontend, admitted=False)
     kind = frontend.insidePool if origin.isInside else frontend.pool

@@ -42,17 +42,28 @@ NOTHING = Resolved()
 
 
 def concerns(service: wire.Service, proxyName: str = "") -> bool:
+    """Whether a Service is for a service proxy at all, and for one of that name (KEP-2447)."""
+    return unconcerning(service, proxyName) is None
+
+
+def unconcerning(service: wire.Service, proxyName: str = "") -> str | None:
     """
-    Whether a Service is for a service proxy at all, and for one of that name (KEP-2447).
+    Why a Service is nothing for the proxy of that name, ``None`` where it is.
 
     ExternalName is a matter for DNS; a headless Service has no address to capture.
     """
-    if (service.metadata.label(wire.PROXY_NAME_LABEL) or "") != proxyName:
-        return False
-    if proxyName == "" and wire.PROXY_NAME_LABEL in (service.metadata.labels or {}):
-        return False
+    label = service.metadata.label(wire.PROXY_NAME_LABEL)
+    if (label or "") != proxyName or (proxyName == "" and label is not None):
+        says = f"says {label!r}" if label is not None else "is not set"
+        return f"its label {wire.PROXY_NAME_LABEL} {says}, proxy-name of this one {proxyName!r}"
     spec = service.spec
-    return spec is not None and spec.type != "ExternalName" and spec.clusterIP not in (None, "", "None")
+    if spec is None:
+        return "it has no spec"
+    if spec.type == "ExternalName":
+        return "its type is ExternalName, which is a matter of DNS"
+    if spec.clusterIP in (None, "", "None"):
+        return "it is headless: without a ClusterIP there is nothing to serve"
+    return None
 
 
 def serviceOf(it: wire.EndpointSlice) -> tuple[str, str] | None:

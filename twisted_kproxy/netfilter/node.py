@@ -40,8 +40,8 @@ def primaryAddress(family: Family, openSocket: SocketOpener = socket.socket) -> 
 
     :return: canonical text; ``None`` where the node does not speak that family.
     """
-    towards = _sourceAddress(family, openSocket)
-    if towards is not None:
+    towards = sourceTowards(_FAR[family], openSocket)
+    if towards is not None and _fits(towards):
         return towards
     try:
         known = list(addresses(family, openSocket))
@@ -53,8 +53,14 @@ def primaryAddress(family: Family, openSocket: SocketOpener = socket.socket) -> 
     return _LOOPBACK[family] if any(it.address == _LOOPBACK[family] for it in known) else None
 
 
-def _sourceAddress(family: Family, openSocket: SocketOpener) -> str | None:
-    """What the kernel picks as source; connecting a datagram socket sends nothing."""
+def sourceTowards(address: str, openSocket: SocketOpener = socket.socket) -> str | None:
+    """
+    The address of this node from which it would talk to another: what that one sees. Connecting a datagram socket
+    sends nothing.
+
+    :return: canonical text; ``None`` where there is no way there.
+    """
+    family: Family = "IPv6" if ":" in address else "IPv4"
     try:
         with openSocket(_SOCKETS[family], socket.SOCK_DGRAM | socket.SOCK_CLOEXEC, 0) as it:
             if family == "IPv6":
@@ -62,11 +68,21 @@ def _sourceAddress(family: Family, openSocket: SocketOpener) -> str | None:
                     it.setsockopt(socket.IPPROTO_IPV6, 72, 2)  # IPV6_ADDR_PREFERENCES, IPV6_PREFER_SRC_PUBLIC
                 except OSError:
                     pass
-            it.connect((_FAR[family], 9))
-            found = str(ipaddress.ip_address(it.getsockname()[0].partition("%")[0]))
+            it.connect((address, 9))
+            return str(ipaddress.ip_address(it.getsockname()[0].partition("%")[0]))
     except OSError:
         return None
-    return found if _fits(found) else None
+
+
+def ownAddresses(openSocket: SocketOpener = socket.socket) -> frozenset[str]:
+    """The addresses of all interfaces of this node, canonical; none of a family that cannot be read."""
+    found: set[str] = set()
+    for family in _SOCKETS:
+        try:
+            found.update(it.address for it in addresses(family, openSocket))
+        except OSError:
+            continue
+    return frozenset(found)
 
 
 def _fits(address: str) -> bool:
