@@ -221,7 +221,8 @@ def packetOf(flow: Flow, settings: Mapping[str, str]) -> Packet:
 
 
 def _nftables(ruleset: Ruleset) -> list[Chain]:
-    return NftRules(structureText("kproxy", "0") + stepText("kproxy", wholeStep(ruleset))).chains()
+    structure = structureText("kproxy", "0", ruleset.locality.insiderLinks)
+    return NftRules(structure + stepText("kproxy", wholeStep(ruleset))).chains()
 
 
 def _iptables(ruleset: Ruleset) -> list[Chain]:
