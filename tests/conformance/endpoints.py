@@ -2,119 +2,12 @@
 
 from __future__ import annotations
 
-from .frontends import port
-from .site import PORT, Site, Table
+from typing import Any
 
-table = Table("Slices and their ports")
+from .site import UDP, UDP_SLICE, Site, Table
+
+table = Table("Readiness and termination")
 case = table.case
-
-
-@case("named-target-port", "Pods whose named port has different numbers", "kubernetes endpointslicecache.go", kernel=True)
-def _(s: Site) -> None:
-    s.service()
-    s.slice("p0a")
-    s.slice("p1a", ports=[port("http", PORT + 1)], suffix="2")
-    s.flows("pod, outside", s.vip, 80, ["p0a", f"p1a:{PORT + 1}"])
-
-
-@case("slice-port-names", "Ports go together by name and protocol, not by number", "kubernetes endpointslicecache.go")
-def _(s: Site) -> None:
-    s.service(ports=[port("a", 80), port("b", 81)])
-    s.slice("p0a", ports=[port("b", 80), port("c", 8081), port("a", 82, "UDP")])
-    s.flow("pod", s.vip, 80, "reject")
-    s.flow("pod", s.vip, 81, ["p0a:80"])
-
-
-@case("slice-port-oddities", "Ports of a slice without a name or without a number are passed over",
-      "kubernetes endpointslicecache.go")  # fmt: skip
-def _(s: Site) -> None:
-    s.service()
-    s.slice("p0a", ports=[{"name": None, "port": 8081}, {"name": "http", "port": None}])
-    s.slice("p1a", ports=[{"name": "http", "port": 0}], suffix="2")
-    s.slice("p1b", suffix="3")
-    s.flow("pod", s.vip, 80, ["p1b"])
-
-
-@case("first-address", "Of an endpoint's addresses the first counts; one without any is passed over",
-      "kubernetes endpointslicecache.go", kernel=True)  # fmt: skip
-def _(s: Site) -> None:
-    s.service()
-    s.slice({**s.member("p0a"), "addresses": [s.pod("p0a"), s.pod("p1a")]}, {**s.member("p0b"), "addresses": []})
-    s.flow("pod", s.vip, 80, ["p0a"])
-
-
-@case("address-spelling", "Addresses are compared as addresses, however they are spelt", "kubernetes ParseIPSloppy")
-def _(s: Site) -> None:
-    spelt = "010.244.000.010" if s.family == 4 else "FD00:0010:244:0:0:0:0:10"
-    s.service()
-    s.slice({**s.member("p0a"), "addresses": [spelt]}, "p0a")
-    s.flow("pod", s.vip, 80, ["p0a"])
-
-
-@case("address-types", "FQDN slices, and those of the other family, are passed over",
-      "kubernetes endpointschangetracker.go")  # fmt: skip
-def _(s: Site) -> None:
-    other = "IPv6" if s.family == 4 else "IPv4"
-    s.service()
-    s.slice({**s.member("p1a"), "addresses": ["pod.example.org"]}, addressType="FQDN", suffix="2")
-    s.slice("p1a", addressType=other, suffix="3")
-    s.slice("p0a")
-    s.flow("pod", s.vip, 80, ["p0a"])
-
-
-@case("slice-of-nobody", "A slice without the label of a Service belongs to none", "kubernetes endpointslicecache.go")
-def _(s: Site) -> None:
-    s.service()
-    stray = s.slice("p1a", suffix="2")
-    stray["metadata"]["labels"] = {}
-    s.slice("p0a")
-    s.flow("pod", s.vip, 80, ["p0a"])
-
-
-@case("slice-duplicates", "One endpoint in two slices counts once", "kubernetes endpointslicecache.go", kernel=True)
-def _(s: Site) -> None:
-    s.service()
-    s.slice("p0a", "p1a")
-    s.slice("p0a", suffix="2")
-    s.flow("pod", s.vip, 80, ["p0a", "p1a"])
-
-
-@case("slice-duplicate-terminating", "A running pod beats one that terminates and had the same address",
-      "kubernetes endpointslicecache.go")  # fmt: skip
-def _(s: Site) -> None:
-    gone = {"ready": False, "serving": False, "terminating": True}
-    s.service()
-    s.slice(s.member("p0a", **gone))
-    s.slice("p0a", suffix="2")
-    s.service(f"{s.name}-b", clusterIP=s.at(1))
-    s.slice("p0a", of=f"{s.name}-b")
-    s.slice(s.member("p0a", **gone), of=f"{s.name}-b", suffix="2")
-    s.flow("pod", s.vip, 80, ["p0a"])
-    s.flow("pod", s.at(1), 80, ["p0a"])
-
-
-@case("legacy-endpoints", "An Endpoints object serves where a source has no slices", "kubernetes v1.18 and older")
-def _(s: Site) -> None:
-    s.service()
-    s.add({
-        "apiVersion": "v1", "kind": "Endpoints", "metadata": {"name": s.name, "namespace": "default"},
-        "subsets": [{
-            "addresses": [{"ip": s.pod("p0a"), "nodeName": "n0"}], "notReadyAddresses": [{"ip": s.pod("p1a")}],
-            "ports": [port("http", PORT)],
-        }],
-    })  # fmt: skip
-    s.flow("pod", s.vip, 80, ["p0a"])
-
-
-@case("refused-endpoints", "Endpoints at loopback, link-local or multicast addresses are not dialled",
-      "kubernetes API validation", why="They come from hand-made slices only; kube-proxy dials them.")  # fmt: skip
-def _(s: Site) -> None:
-    s.service()
-    s.slice({**s.member("p0a"), "addresses": [s.loopback]}, "p1a")
-    s.flow("pod", s.vip, 80, ["p1a"])
-
-
-table.topic = "Readiness and termination"
 
 
 @case("conditions-absent", "A condition that is not given: ready, serving, not terminating", "discovery.k8s.io/v1")
@@ -131,8 +24,11 @@ def _(s: Site) -> None:
     s.flow("pod", s.vip, 80, ["p1a"])
 
 
-@case("publish-not-ready", "publishNotReadyAddresses: what the slice says counts, terminating or not",
-      "kubernetes EndpointSlice controller")  # fmt: skip
+@case(
+    "publish-not-ready",
+    "publishNotReadyAddresses: what the slice says counts, terminating or not",
+    "kubernetes EndpointSlice controller",
+)
 def _(s: Site) -> None:
     s.service(publishNotReadyAddresses=True)
     s.slice(s.member("p0a", ready=True, serving=False, terminating=True), "p1a")
@@ -143,16 +39,24 @@ LEAVING = {"ready": False, "serving": True, "terminating": True}
 GONE = {"ready": False, "serving": False, "terminating": True}
 
 
-@case("terminating-unused", "Terminating endpoints get nothing while one is ready",
-      "KEP-1669, TestTerminatingEndpointsTrafficPolicyCluster", kernel=True)  # fmt: skip
+@case(
+    "terminating-unused",
+    "Terminating endpoints get nothing while one is ready",
+    "KEP-1669, TestTerminatingEndpointsTrafficPolicyCluster",
+    kernel=True,
+)
 def _(s: Site) -> None:
     s.service()
     s.slice(s.member("p0a", **LEAVING), "p1a")
     s.flows("pod, outside", s.vip, 80, ["p1a"])
 
 
-@case("terminating-fallback", "Where none is ready, those that serve while terminating do",
-      "KEP-1669, TestTerminatingEndpointsTrafficPolicyCluster", kernel=True)  # fmt: skip
+@case(
+    "terminating-fallback",
+    "Where none is ready, those that serve while terminating do",
+    "KEP-1669, TestTerminatingEndpointsTrafficPolicyCluster",
+    kernel=True,
+)
 def _(s: Site) -> None:
     s.service(nodePort=s.nodePort)
     s.slice(s.member("p0a", **LEAVING), s.member("p1a", **LEAVING), s.member("p1b", **GONE))
@@ -160,8 +64,12 @@ def _(s: Site) -> None:
     s.flow("outside", s.node, s.nodePort, ["p0a", "p1a"])
 
 
-@case("terminating-gone", "Those that terminate and do not serve never do",
-      "KEP-1669, TestTerminatingEndpointsTrafficPolicyCluster", kernel=True)  # fmt: skip
+@case(
+    "terminating-gone",
+    "Those that terminate and do not serve never do",
+    "KEP-1669, TestTerminatingEndpointsTrafficPolicyCluster",
+    kernel=True,
+)
 def _(s: Site) -> None:
     s.service(nodePort=s.nodePort)
     s.slice(s.member("p0a", **GONE), s.member("p1a", ready=False, serving=True))
@@ -169,8 +77,12 @@ def _(s: Site) -> None:
     s.flow("outside", s.node, s.nodePort, "reject")
 
 
-@case("terminating-local", "The fallback holds for this node's endpoints by themselves",
-      "KEP-1669, TestTerminatingEndpointsTrafficPolicyLocal", kernel=True)  # fmt: skip
+@case(
+    "terminating-local",
+    "The fallback holds for this node's endpoints by themselves",
+    "KEP-1669, TestTerminatingEndpointsTrafficPolicyLocal",
+    kernel=True,
+)
 def _(s: Site) -> None:
     s.service(nodePort=s.nodePort, ingress=[{"ip": s.lb}], externalTrafficPolicy="Local")
     s.slice(s.member("p0a", **LEAVING), "p1a")
@@ -180,16 +92,22 @@ def _(s: Site) -> None:
     s.flow("pod", s.vip, 80, ["p1a"])
 
 
-@case("terminating-local-ready", "One that is ready here: those that terminate here get nothing",
-      "KEP-1669, TestTerminatingEndpointsTrafficPolicyLocal")  # fmt: skip
+@case(
+    "terminating-local-ready",
+    "One that is ready here: those that terminate here get nothing",
+    "KEP-1669, TestTerminatingEndpointsTrafficPolicyLocal",
+)
 def _(s: Site) -> None:
     s.service(nodePort=s.nodePort, externalTrafficPolicy="Local")
     s.slice(s.member("p0a", **LEAVING), "p0c", "p1a")
     s.flow("outside", s.node, s.nodePort, ["p0c"])
 
 
-@case("terminating-local-gone", "None left here that serves: dropped while others exist",
-      "KEP-1669, TestTerminatingEndpointsTrafficPolicyLocal")  # fmt: skip
+@case(
+    "terminating-local-gone",
+    "None left here that serves: dropped while others exist",
+    "KEP-1669, TestTerminatingEndpointsTrafficPolicyLocal",
+)
 def _(s: Site) -> None:
     s.service(nodePort=s.nodePort, externalTrafficPolicy="Local", internalTrafficPolicy="Local")
     s.slice(s.member("p0a", **GONE), s.member("p1a", **LEAVING))
@@ -201,7 +119,7 @@ def _(s: Site) -> None:
 table.topic = "Hints"
 
 
-def hints(name: str, title: str, kernel: bool = False) -> object:
+def hints(name: str, title: str, kernel: bool = False) -> Any:
     return case(name, title, "kubernetes topology.go, KEP-2433, KEP-4444", kernel=kernel)
 
 
@@ -275,8 +193,12 @@ def _(s: Site) -> None:
 table.topic = "No endpoints"
 
 
-@case("no-endpoints", "Nothing to go to anywhere: every frontend refuses, for everybody",
-      "kubernetes TestNoEndpointsReject", kernel=True)  # fmt: skip
+@case(
+    "no-endpoints",
+    "Nothing to go to anywhere: every frontend refuses, for everybody",
+    "kubernetes TestNoEndpointsReject",
+    kernel=True,
+)
 def _(s: Site) -> None:
     s.service(nodePort=s.nodePort, externalIPs=[s.ext], ingress=[{"ip": s.lb}])
     for address in (s.vip, s.ext, s.lb):
@@ -286,14 +208,18 @@ def _(s: Site) -> None:
 
 @case("no-endpoints-udp", "The same for UDP", "kubernetes TestNoEndpointsReject", kernel=True)
 def _(s: Site) -> None:
-    s.service(ports=[port("dns", 53, "UDP")], nodePort=s.nodePort)
-    s.slice(s.member("p0a", ready=False, serving=False), ports=[port("dns", PORT, "UDP")])
+    s.service(ports=UDP, nodePort=s.nodePort)
+    s.slice(s.member("p0a", ready=False, serving=False), ports=UDP_SLICE)
     s.flows("pod, node, outside", s.vip, 53, "reject", protocol="UDP")
     s.flow("outside", s.node, s.nodePort, "reject", protocol="UDP")
 
 
-@case("no-endpoints-local", "Local policies refuse too, where no endpoint exists anywhere",
-      "kubernetes TestNoEndpointsReject, TestExternalTrafficPolicyLocal", kernel=True)  # fmt: skip
+@case(
+    "no-endpoints-local",
+    "Local policies refuse too, where no endpoint exists anywhere",
+    "kubernetes TestNoEndpointsReject, TestExternalTrafficPolicyLocal",
+    kernel=True,
+)
 def _(s: Site) -> None:
     s.service(nodePort=s.nodePort, externalTrafficPolicy="Local", internalTrafficPolicy="Local")
     s.flows("pod, outside", s.vip, 80, "reject")
@@ -301,25 +227,61 @@ def _(s: Site) -> None:
 
 
 table.topic = "Choice among endpoints"
-table.shown("round-robin", "Each endpoint in turn", "kubernetes pkg/proxy/userspace/roundrobin.go",
-            "unit.test_balancer.test_multipleEndpoints", "unit.test_policies.test_oneAfterTheOther",
-            why="kube-proxy chooses by chance, which is uneven at low rates; policy = random does so too.")  # fmt: skip
-table.shown("retry", "A client whose endpoint does not answer is connected to another one",
-            "kubernetes pkg/proxy/userspace", "integration.test_endtoend.test_killedBackend",
-            why="No dataplane in the kernel can do that: it chooses before anything is known.")  # fmt: skip
-table.shown("affinity", "sessionAffinity ClientIP: one client, one endpoint", "kubernetes TestStickyLoadBalance",
-            "unit.test_balancer.test_sticky", "integration.test_endtoend.test_affinity")  # fmt: skip
-table.shown("affinity-time", "timeoutSeconds from 1 to 86400, three hours by default; every connection renews it",
-            "kubernetes API", "unit.test_resolve.test_affinity", "unit.test_balancer.test_oneSecondAndADay",
-            "unit.test_balancer.test_sliding")  # fmt: skip
-table.shown("affinity-service", "By client and service port, whichever of its addresses is dialled; no limit of 100 clients",
-            "kubernetes nftables/proxier.go", "unit.test_balancer.test_bounded", "unit.test_balancer.test_poolsApart",
-            why="The local and the cluster pool of a service port remember apart from each other.")  # fmt: skip
-table.shown("affinity-loss", "What is remembered goes with the endpoint, and outlives other changes of the Service",
-            "kubernetes nftables/proxier.go", "unit.test_balancer.test_endpointRemoved",
-            "unit.test_balancer.test_otherChangesKeepIt")  # fmt: skip
-table.shown("affinity-failure", "A client whose endpoint fails is bound to another one", "kubernetes#24648",
-            "unit.test_balancer.test_endpointFails", why="kube-proxy sends it to the failed one until the slice changes.")  # fmt: skip
-table.leftOut("traffic-distribution", "The field trafficDistribution, and the annotation topology-mode",
-              "KEP-3015, KEP-4444", "controllers read them and write hints, which are followed")  # fmt: skip
-
+table.shown(
+    "round-robin",
+    "Each endpoint in turn",
+    "kubernetes pkg/proxy/userspace/roundrobin.go",
+    "unit.test_balancer.test_multipleEndpoints",
+    "unit.test_policies.test_oneAfterTheOther",
+    why="kube-proxy chooses by chance, which is uneven at low rates; policy = random does so too.",
+)
+table.shown(
+    "retry",
+    "A client whose endpoint does not answer is connected to another one",
+    "kubernetes pkg/proxy/userspace",
+    "integration.test_endtoend.test_killedBackend",
+    why="No dataplane in the kernel can do that: it chooses before anything is known.",
+)
+table.shown(
+    "affinity",
+    "sessionAffinity ClientIP: one client, one endpoint",
+    "kubernetes pkg/proxy/userspace/roundrobin.go",
+    "unit.test_balancer.test_sticky",
+    "integration.test_endtoend.test_affinity",
+)
+table.shown(
+    "affinity-time",
+    "timeoutSeconds from 1 to 86400, three hours by default; every connection renews it",
+    "kubernetes API",
+    "unit.test_resolve.test_affinity",
+    "unit.test_balancer.test_oneSecondAndADay",
+    "unit.test_balancer.test_sliding",
+)
+table.shown(
+    "affinity-service",
+    "By client and service port, whichever of its addresses is dialled; no limit of 100 clients",
+    "kubernetes nftables/proxier.go",
+    "unit.test_balancer.test_bounded",
+    "unit.test_balancer.test_poolsApart",
+    why="The local and the cluster pool of a service port remember apart from each other.",
+)
+table.shown(
+    "affinity-loss",
+    "What is remembered goes with the endpoint, and outlives other changes of the Service",
+    "kubernetes nftables/proxier.go",
+    "unit.test_balancer.test_endpointRemoved",
+    "unit.test_balancer.test_otherChangesKeepIt",
+)
+table.shown(
+    "affinity-failure",
+    "A client whose endpoint fails is bound to another one",
+    "kubernetes#24648",
+    "unit.test_balancer.test_endpointFails",
+    why="kube-proxy sends it to the failed one until the slice changes.",
+)
+table.leftOut(
+    "traffic-distribution",
+    "The field trafficDistribution, and the annotation topology-mode",
+    "KEP-3015, KEP-4444",
+    "controllers read them and write hints, which are followed",
+)

@@ -133,7 +133,7 @@ class Place:
 
     def _place(self, flow: Flow) -> str | None:
         """The namespace that packets of a flow come from; ``None`` where the rig has none, or no way from there."""
-        if flow.protocol == "SCTP":
+        if flow.protocol not in ("TCP", "UDP"):
             return None
         if flow.source == "other pod":  # the other node knows the way to this one, and to no service
             return "p1a" if flow.address in (LAN[4].format(2), LAN[6].format(2)) else None

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from textwrap import fill
 
 from .site import Row
 
 HEAD = """\
 Conformance
 ===========
-.. Written by python -m tests.conformance; change the table in tests/conformance instead.
+.. Written by python -m tests.conformance: change the table in tests/conformance instead.
 
-What a service proxy of Kubernetes has to do, rule by rule, and what kproxy does. The rules are those of kube-proxy and
-of the KEPs and files that are named. {rules} rules: {works} hold, {differs} hold with a difference that is told,
-{out} are left out for a reason.
-
-*Packets* are {flows} connections that are traced through the rules as each writer ({writers}) would write them; those
-marked with *k* are also made on the real kernel, with each writer. What has no number is shown by other tests. A plus
-sign stands for “works”.
 """
+ABOUT = (
+    "What a service proxy of Kubernetes has to do, rule by rule, and what kproxy does. The rules are those of kube-proxy"
+    " and of the KEPs and files that are named. Of {rules} rules {works} hold, {differs} hold with a difference that is"
+    " told, and {out} are left out for a reason.",
+    "*Packets*: so many connections are traced through the rules as each writer ({writers}) writes them, {flows} in all;"
+    " where there is a *k*, some of them are also made through the real kernel, with each writer. Rules without a number"
+    " are shown by other tests.",
+)
 
 
 def page(rows: Iterable[Row], writers: Iterable[str]) -> str:
@@ -32,12 +34,15 @@ def page(rows: Iterable[Row], writers: Iterable[str]) -> str:
     def count(verdict: str) -> int:
         return sum(it.verdict == verdict for it in firsts)
 
-    text = [
-        HEAD.format(
-            rules=len(firsts), works=count("works"), differs=count("differs"), out=count("left out"),
-            flows=sum(len(row.flows) for row in every), writers=", ".join(writers),
-        )
-    ]  # fmt: skip
+    numbers = {
+        "rules": len(firsts),
+        "works": count("works"),
+        "differs": count("differs"),
+        "out": count("left out"),
+        "flows": sum(len(row.flows) for row in every),
+        "writers": ", ".join(writers),
+    }
+    text = [HEAD, "\n".join(f"{fill(it.format(**numbers), 119)}\n" for it in ABOUT)]
     for topic in dict.fromkeys(row.topic for row in firsts):
         text.append(f"\n{topic}\n{'-' * len(topic)}\n")
         text.append(".. list-table::\n   :widths: 50 8 42\n   :header-rows: 1\n\n")
@@ -52,9 +57,14 @@ def _row(name: str, group: list[Row]) -> str:
     row = group[0]
     flows = sum(len(it.flows) for it in group)
     packets = f"{flows}{' k' if row.kernel else ''}" if flows else ""
-    here = {"works": "\\+", "differs": "\\+", "left out": "left out:"}[row.verdict]
+    why = row.why and row.why[0].upper() + row.why[1:].rstrip(".") + "."
     keys = ", ".join(f"``{it}``" for it in row.keys)
-    said = " ".join(it for it in (here, f"{keys}{'.' if keys and row.why else ''}", row.why) if it)
+    if row.verdict == "left out":
+        said = f"*Left out.* {why}"
+    elif keys or not row.rule:
+        said = f"{keys}. {why}" if keys and why else keys or why
+    else:
+        said = f"yes. {why}" if why else "yes"
     source = f" (*{row.rule}*)" if row.rule else ""
     return "".join(
         f"   {mark} - {cell}".rstrip() + "\n"

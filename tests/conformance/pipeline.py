@@ -33,6 +33,7 @@ from twisted_kproxy.core.values import (
     Endpoint,
     Family,
     PoolName,
+    Reached,
     Rejected,
     Replaced,
     ServiceMap,
@@ -110,14 +111,15 @@ class Machine:
 
     :ivar map: the service map.
     :ivar ruleset: what is in force.
+    :ivar sockets: family, protocol and port → what listens there.
     """
 
-    def __init__(self, objects: Iterable[Mapping[str, Any]], settings: Mapping[str, str]) -> None:
-        loaded = settingsOf(settings)
+    def __init__(self, row: Row) -> None:
+        loaded = settingsOf(row.settings)
         self._clock = Clock()
-        self.settings = nodeSettings(loaded)
-        self.cluster = Cluster(NODE, loaded.proxyName, self.settings)
-        self._say(list(objects))
+        self.cluster = Cluster(NODE, loaded.proxyName, nodeSettings(loaded))
+        self._say(list(row.objects))
+        self.cluster.say(Reached("test", frozenset(row.servers)))
         self.map = self.cluster.current()
         self.sockets: dict[tuple[str, str, int], NoSocket] = {}
         self.balancer = LoadBalancer(self._clock, RoundRobin)
@@ -150,9 +152,14 @@ class Machine:
             return NoSocket(pool, self.sockets)
 
         plane = UserspaceDataplane(
-            self._clock, self.balancer, RulePlane(self._clock, self._writer), makeTcp=make, makeUdp=make,
-            addressOf=OWN.__getitem__, observer=RecordingObserver(),
-        )  # fmt: skip
+            self._clock,
+            self.balancer,
+            RulePlane(self._clock, self._writer),
+            makeTcp=make,
+            makeUdp=make,
+            addressOf=OWN.__getitem__,
+            observer=RecordingObserver(),
+        )
         update = Update(ServiceMap(), self.map, full=True)
         self._wait(plane.start())
         self._wait(self.balancer.onUpdate(update))
@@ -244,7 +251,9 @@ def _pythonIptables(ruleset: Ruleset) -> list[Chain]:
             lines += [f"*{table}", *(f":{chain} - [0:0]" for chain in own)]
             for chain, rules in own.items():
                 lines += [f"-A {chain} {textOf(parse(family, it))}" for it in rules]
-            lines += [f"-A {it.hook} {textOf(parse(family, pack(it.entry(family))))}" for it in JUMPS if it.table == table]
+            lines += [
+                f"-A {it.hook} {textOf(parse(family, pack(it.entry(family))))}" for it in JUMPS if it.table == table
+            ]
             lines.append("COMMIT")
         chains += IptablesRules(version, "\n".join(lines)).chains()
     return chains
@@ -259,7 +268,7 @@ WRITERS: dict[str, Callable[[Ruleset], list[Chain]]] = {
 
 def faults(row: Row, writer: str, machine: Machine | None = None) -> list[str]:
     """What is not as the row says; nothing where all is well."""
-    machine = machine or Machine(row.objects, row.settings)
+    machine = machine or Machine(row)
     chains = WRITERS[writer](machine.ruleset)
     found = []
     for flow in row.flows:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from .site import CLUSTER_CIDR, Site, Table
+from .site import CLUSTER_CIDR, UDP, UDP_SLICE, Site, Table
 
 table = Table("externalTrafficPolicy and internalTrafficPolicy")
 case = table.case
 ETP = "kubernetes TestExternalTrafficPolicyLocal, kpng doc/service-proxy.md"
 
 
-@case("etp-local", "externalTrafficPolicy Local: from outside only endpoints of this node; pods and the node reach all",
-      ETP, kernel=True)  # fmt: skip
+@case(
+    "etp-local",
+    "externalTrafficPolicy Local: from outside only endpoints of this node; pods and the node reach all",
+    ETP,
+    kernel=True,
+)
 def _(s: Site) -> None:
     s.service(nodePort=s.nodePort, externalIPs=[s.ext], ingress=[{"ip": s.lb}], externalTrafficPolicy="Local")
     s.slice("p0a", "p1a")
@@ -22,8 +26,12 @@ def _(s: Site) -> None:
     s.flows("*", s.vip, 80, ["p0a", "p1a"])
 
 
-@case("etp-local-none", "None on this node, some elsewhere: packets from outside are dropped, so that the client tries again",
-      ETP, kernel=True)  # fmt: skip
+@case(
+    "etp-local-none",
+    "None on this node, some elsewhere: packets from outside are dropped, so that the client tries again",
+    ETP,
+    kernel=True,
+)
 def _(s: Site) -> None:
     s.service(nodePort=s.nodePort, externalIPs=[s.ext], ingress=[{"ip": s.lb}], externalTrafficPolicy="Local")
     s.slice("p1a")
@@ -35,9 +43,8 @@ def _(s: Site) -> None:
 
 @case("etp-local-udp", "The same for UDP", ETP, kernel=True)
 def _(s: Site) -> None:
-    ports = [{"name": "http", "port": 53, "protocol": "UDP"}]
-    s.service(ports=ports, nodePort=s.nodePort, externalTrafficPolicy="Local")
-    s.slice("p0a", "p1a", ports=[{"name": "http", "port": 8080, "protocol": "UDP"}])
+    s.service(ports=UDP, nodePort=s.nodePort, externalTrafficPolicy="Local")
+    s.slice("p0a", "p1a", ports=UDP_SLICE)
     s.flow("outside", s.node, s.nodePort, ["p0a"], protocol="UDP")
     s.flow("pod", s.node, s.nodePort, ["p0a", "p1a"], protocol="UDP")
 
@@ -52,8 +59,12 @@ def _(s: Site) -> None:
     s.flow("pod", s.node, s.nodePort, ["p0a"])
 
 
-@case("itp-local", "internalTrafficPolicy Local: the ClusterIP leads to endpoints of this node only, whoever asks",
-      "KEP-2086, kubernetes TestInternalTrafficPolicyE2E", kernel=True)  # fmt: skip
+@case(
+    "itp-local",
+    "internalTrafficPolicy Local: the ClusterIP leads to endpoints of this node only, whoever asks",
+    "KEP-2086, kubernetes TestInternalTrafficPolicyE2E",
+    kernel=True,
+)
 def _(s: Site) -> None:
     s.service(internalTrafficPolicy="Local")
     s.slice("p0a", "p1a")
@@ -68,8 +79,12 @@ def _(s: Site) -> None:
     s.flows("pod, outside", s.ext, 80, ["p1a"])
 
 
-@case("itp-etp-local", "Both Local: pods still reach all endpoints by the external address", "kubernetes nftables/proxier.go",
-      kernel=True)  # fmt: skip
+@case(
+    "itp-etp-local",
+    "Both Local: pods still reach all endpoints by the external address",
+    "kubernetes nftables/proxier.go",
+    kernel=True,
+)
 def _(s: Site) -> None:
     s.service(nodePort=s.nodePort, internalTrafficPolicy="Local", externalTrafficPolicy="Local")
     s.slice("p1a")
@@ -87,7 +102,6 @@ def _(s: Site) -> None:
 
 
 table.topic = "Who counts as a pod"
-POD6 = "fd00:10:244:{}::10"
 
 
 def local(s: Site) -> None:
@@ -112,16 +126,24 @@ def _(s: Site) -> None:
     s.flow("pod", s.vip, 80, ["p0a", "p1a"], masquerade=False)
 
 
-@case("detect-one-family", "Pod networks of one family: the other has none", "kubernetes getLocalDetectors",
-      settings={"cluster-cidr": "10.244.0.0/16"})  # fmt: skip
+@case(
+    "detect-one-family",
+    "Pod networks of one family: the other has none",
+    "kubernetes getLocalDetectors",
+    settings={"cluster-cidr": "10.244.0.0/16"},
+)
 def _(s: Site) -> None:
     local(s)
     s.flow("pod", s.ext, 80, ["p0a", "p1a"] if s.family == 4 else ["p0a"])
     s.flow("outside", s.vip, 80, ["p0a", "p1a"], masquerade=s.family == 4)
 
 
-@case("detect-node-cidr", "detect-local = node-cidr: sources in podCIDRs of the Node object", "kubernetes getLocalDetectors",
-      settings={"detect-local": "node-cidr"})  # fmt: skip
+@case(
+    "detect-node-cidr",
+    "detect-local = node-cidr: sources in podCIDRs of the Node object",
+    "kubernetes getLocalDetectors",
+    settings={"detect-local": "node-cidr"},
+)
 def _(s: Site) -> None:
     s.nodeObject(podCIDRs=["10.244.0.0/24", "fd00:10:244::/64"])
     local(s)
@@ -129,24 +151,38 @@ def _(s: Site) -> None:
     s.flows("other pod, outside", s.ext, 80, ["p0a"])
 
 
-@case("detect-node-cidr-later", "… and as long as it has none, nobody but the node", "kubernetes getLocalDetectors",
-      settings={"detect-local": "node-cidr"}, why="kube-proxy waits for them for five minutes, and then ends.")  # fmt: skip
+@case(
+    "detect-node-cidr-later",
+    "… and as long as it has none, nobody but the node",
+    "kubernetes getLocalDetectors",
+    settings={"detect-local": "node-cidr"},
+    why="kube-proxy waits for them for five minutes, and then ends.",
+)
 def _(s: Site) -> None:
     local(s)
     s.flow("node", s.ext, 80, ["p0a", "p1a"])
     s.flow("pod", s.ext, 80, ["p0a"])
 
 
-@case("detect-bridge", "detect-local = bridge: what comes in by that interface", "kubernetes getLocalDetectors",
-      settings={"detect-local": "bridge", "pod-bridge": "cbr"}, kernel=True)  # fmt: skip
+@case(
+    "detect-bridge",
+    "detect-local = bridge: what comes in by that interface",
+    "kubernetes getLocalDetectors",
+    settings={"detect-local": "bridge", "pod-bridge": "cbr"},
+    kernel=True,
+)
 def _(s: Site) -> None:
     local(s)
     s.flows("pod, node", s.ext, 80, ["p0a", "p1a"])
     s.flows("other pod, outside", s.ext, 80, ["p0a"])
 
 
-@case("detect-prefix", "detect-local = interface-prefix: what comes in by interfaces that begin so", "kubernetes getLocalDetectors",
-      settings={"detect-local": "interface-prefix", "pod-interface-prefix": "cali"})  # fmt: skip
+@case(
+    "detect-prefix",
+    "detect-local = interface-prefix: what comes in by interfaces that begin so",
+    "kubernetes getLocalDetectors",
+    settings={"detect-local": "interface-prefix", "pod-interface-prefix": "cali"},
+)
 def _(s: Site) -> None:
     local(s)
     s.flows("pod, node", s.ext, 80, ["p0a", "p1a"])
@@ -161,8 +197,14 @@ def _matrix(s: Site, toCluster: Mapping[str, bool], external: Mapping[str, bool]
     s.service(nodePort=s.nodePort, ingress=[{"ip": s.lb}])
     s.slice("p0a", "p1a")
     name = f"{s.name}-local"
-    s.service(name, clusterIP=s.at(1), nodePort=s.nodePort + 1, ingress=[{"ip": s.at(4)}], externalTrafficPolicy="Local",
-              internalTrafficPolicy="Local")  # fmt: skip
+    s.service(
+        name,
+        clusterIP=s.at(1),
+        nodePort=s.nodePort + 1,
+        ingress=[{"ip": s.at(4)}],
+        externalTrafficPolicy="Local",
+        internalTrafficPolicy="Local",
+    )
     s.slice("p0a", "p1a", of=name)
     for source, masquerade in toCluster.items():
         s.flow(source, s.vip, 80, ["p0a", "p1a"], masquerade)
@@ -180,26 +222,45 @@ RELAYED = "kubernetes TestInternalExternalMasquerade"
 WHY = "The proxy connects by itself, so endpoints see an address of the node in every case; nothing is masqueraded."
 
 
-@case("masquerade", "Who is masqueraded: others and the node to ClusterIPs, everybody to external addresses with policy "
-      "Cluster; with Local only the node", RELAYED, why=WHY)  # fmt: skip
+@case(
+    "masquerade",
+    "Who is masqueraded: others and the node to ClusterIPs, everybody to external addresses with policy "
+    "Cluster; with Local only the node",
+    RELAYED,
+    why=WHY,
+)
 def _(s: Site) -> None:
     _matrix(
-        s, {"pod": False, "node": True, "outside": True}, {"pod": True, "node": True, "outside": True},
+        s,
+        {"pod": False, "node": True, "outside": True},
+        {"pod": True, "node": True, "outside": True},
         {"pod": False, "node": True, "outside": False},
-    )  # fmt: skip
+    )
 
 
-@case("masquerade-all", "masquerade-all: everybody to ClusterIPs", RELAYED, why=WHY,
-      settings={**CLUSTER_CIDR, "masquerade-all": "yes"})  # fmt: skip
+@case(
+    "masquerade-all",
+    "masquerade-all: everybody to ClusterIPs",
+    RELAYED,
+    why=WHY,
+    settings={**CLUSTER_CIDR, "masquerade-all": "yes"},
+)
 def _(s: Site) -> None:
     _matrix(
-        s, {"pod": True, "node": True, "outside": True}, {"pod": True, "node": True, "outside": True},
+        s,
+        {"pod": True, "node": True, "outside": True},
+        {"pod": True, "node": True, "outside": True},
         {"pod": False, "node": True, "outside": False},
-    )  # fmt: skip
+    )
 
 
-@case("hairpin", "A pod that is led to itself", "kubernetes TestHairpin", why=WHY + " So it needs no hairpin mode of the bridge.",
-      kernel=True)  # fmt: skip
+@case(
+    "hairpin",
+    "A pod that is led to itself",
+    "kubernetes pkg/proxy/iptables/proxier.go",
+    why=WHY + " So it needs no hairpin mode of the bridge.",
+    kernel=True,
+)
 def _(s: Site) -> None:
     s.service(nodePort=s.nodePort)
     s.slice("p0a")
@@ -207,16 +268,43 @@ def _(s: Site) -> None:
     s.flow(s.pod("p0a"), s.node, s.nodePort, ["p0a"], True)
 
 
-table.leftOut("source-kept", "externalTrafficPolicy Local: endpoints see the client's address", "kpng doc",
-              "only a dataplane in the kernel can leave the source as it is; the proxy connects by itself, and endpoints "
-              "see the node")  # fmt: skip
-table.leftOut("masquerade-bit", "Mark of packets to be masqueraded (masqueradeBit)", "kubernetes config types.go",
-              "nothing is masqueraded; the proxy's own packets carry mark 0x2000")  # fmt: skip
-table.leftOut("snat-node-ip", "snatNodeInternalIP", "kubernetes config types.go",
-              "the proxy connects from the address that the node's routes say")  # fmt: skip
-table.shown("forward", "Other programs' rules: packets that were led here pass INPUT; nothing is done about FORWARD",
-            "KEP-3866", "integration.test_iptables_traffic.test_closedFirewall",
-            why="kube-proxy's iptables mode accepts marked packets in FORWARD; here endpoints are reached from the node "
-            "itself, so forwarding is no matter.")  # fmt: skip
-table.leftOut("invalid-packets", "Dropping packets that conntrack calls INVALID", "kubernetes#74839",
-              "rules lead to a socket of this node; a stray packet never leaves it with a wrong address")  # fmt: skip
+table.leftOut(
+    "source-kept",
+    "externalTrafficPolicy Local: endpoints see the client's address",
+    "kpng doc",
+    "only a dataplane in the kernel can leave the source as it is; the proxy connects by itself, and endpoints "
+    "see the node",
+)
+table.leftOut(
+    "masquerade-bit",
+    "Mark of packets to be masqueraded (masqueradeBit)",
+    "kubernetes config types.go",
+    "nothing is masqueraded; the proxy's own packets carry mark 0x2000",
+)
+table.leftOut(
+    "snat-node-ip",
+    "snatNodeInternalIP",
+    "kubernetes config types.go",
+    "the proxy connects from the address that the node's routes say",
+)
+table.shown(
+    "forward",
+    "Other programs' rules: packets that were led here pass INPUT; nothing is done about FORWARD",
+    "KEP-3866",
+    "integration.test_iptables_traffic.test_closedFirewall",
+    why="kube-proxy's iptables mode accepts marked packets in FORWARD; here endpoints are reached from the node "
+    "itself, so forwarding is no matter.",
+)
+table.shown(
+    "refused-without-forwarding",
+    "Refusals reach others than the node also where the node does not forward",
+    "kubernetes pkg/proxy/nftables/README.md",
+    "integration.test_nftables_traffic.test_refusedWithoutForwarding",
+    why="So it is with the writer nftables; those over iptables can refuse no one but the node then.",
+)
+table.leftOut(
+    "invalid-packets",
+    "Dropping packets that conntrack calls INVALID",
+    "kubernetes#74839",
+    "rules lead to a socket of this node; a stray packet never leaves it with a wrong address",
+)

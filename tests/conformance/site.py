@@ -52,6 +52,7 @@ class Row(Struct):
     :ivar topic: the heading that it is under.
     :ivar rule: where the rule comes from.
     :ivar family: 4 or 6; 0 for what has none.
+    :ivar servers: where API servers are reached.
     :ivar proofs: tests that show what packets cannot: ``LAYER.MODULE.test``.
     :ivar keys: what takes the place of a flag here: ``[section] key`` of the configuration.
     :ivar verdict: ``works``, ``differs`` or ``left out``; the last two with a reason, in ``why``.
@@ -66,6 +67,7 @@ class Row(Struct):
     objects: list[Json] = []
     settings: Mapping[str, str] = {}
     flows: list[Flow] = []
+    servers: tuple[tuple[str, int], ...] = ()
     proofs: tuple[str, ...] = ()
     keys: tuple[str, ...] = ()
     verdict: Literal["works", "differs", "left out"] = "works"
@@ -167,9 +169,13 @@ class Site:
             ports[0]["nodePort"] = nodePort
         kind = "LoadBalancer" if ingress is not None else "NodePort" if nodePort else "ClusterIP"
         spec = {
-            "type": kind, "clusterIP": self.vip, "clusterIPs": [spec.get("clusterIP", self.vip)],
-            "ipFamilies": [self.IPv], "ports": ports, **spec,
-        }  # fmt: skip
+            "type": kind,
+            "clusterIP": self.vip,
+            "clusterIPs": [spec.get("clusterIP", self.vip)],
+            "ipFamilies": [self.IPv],
+            "ports": ports,
+            **spec,
+        }
         metadata: Json = {"name": name or self.name, "namespace": "default", "uid": f"uid-{name or self.name}"}
         if labels:
             metadata["labels"] = dict(labels)
@@ -195,13 +201,16 @@ class Site:
         """An EndpointSlice: pods by name, or endpoints that :meth:`member` makes."""
         name = of or self.name
         everything = {"kubernetes.io/service-name": name, **(labels or {})}
-        return self.add({
-            "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice",
-            "metadata": {"name": f"{name}-{suffix}", "namespace": "default", "labels": everything},
-            "addressType": addressType or self.IPv,
-            "ports": [{"name": "http", "port": PORT, "protocol": "TCP"}] if ports is None else ports,
-            "endpoints": [self.member(it) if isinstance(it, str) else it for it in members],
-        })  # fmt: skip
+        return self.add(
+            {
+                "apiVersion": "discovery.k8s.io/v1",
+                "kind": "EndpointSlice",
+                "metadata": {"name": f"{name}-{suffix}", "namespace": "default", "labels": everything},
+                "addressType": addressType or self.IPv,
+                "ports": [{"name": "http", "port": PORT, "protocol": "TCP"}] if ports is None else ports,
+                "endpoints": [self.member(it) if isinstance(it, str) else it for it in members],
+            }
+        )
 
     def member(
         self, pod: str, *, address: str = "", nodes: Iterable[str] = (), zones: Iterable[str] = (), **conditions: Any
@@ -260,10 +269,22 @@ def plainNode(zone: str = "z0", **spec: Any) -> Json:
     """The object of this node."""
     addresses = [{"type": "InternalIP", "address": LAN[family].format(2)} for family in (4, 6)]
     return {
-        "apiVersion": "v1", "kind": "Node",
+        "apiVersion": "v1",
+        "kind": "Node",
         "metadata": {"name": NODE, "labels": {"topology.kubernetes.io/zone": zone, "kubernetes.io/hostname": NODE}},
-        "spec": spec, "status": {"addresses": [*addresses, {"type": "Hostname", "address": NODE}]},
-    }  # fmt: skip
+        "spec": spec,
+        "status": {"addresses": [*addresses, {"type": "Hostname", "address": NODE}]},
+    }
+
+
+def port(name: str, number: int, protocol: str = "TCP", **more: Any) -> dict[str, Any]:
+    """One entry of ``spec.ports``, or of a slice's ports."""
+    return {"name": name, "port": number, "protocol": protocol, **more}
+
+
+#: A port for UDP of a Service, and of its slices.
+UDP = [port("dns", 53, "UDP")]
+UDP_SLICE = [port("dns", PORT, "UDP")]
 
 
 class Table:
@@ -299,9 +320,17 @@ class Table:
             for family in families:
                 verdict: Literal["works", "differs"] = "differs" if why else "works"
                 row = Row(
-                    name, self.topic, title, rule, family, settings=settings, proofs=tuple(proofs), verdict=verdict,
-                    why=why, kernel=kernel,
-                )  # fmt: skip
+                    name,
+                    self.topic,
+                    title,
+                    rule,
+                    family,
+                    settings=settings,
+                    proofs=tuple(proofs),
+                    verdict=verdict,
+                    why=why,
+                    kernel=kernel,
+                )
                 self._made.append((row, make))
             return make
 

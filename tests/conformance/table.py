@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import duties, endpoints, frontends, policies
+from . import clusterips, duties, endpoints, external, policies, slices
 from .site import Row
 
 
@@ -13,7 +13,7 @@ def rows() -> list[Row]:
     """
     found: list[Row] = []
     number = 1
-    for module in (frontends, endpoints, policies, duties):
+    for module in (clusterips, external, policies, slices, endpoints, duties):
         made = module.table.rows(number)
         number += len({row.name for row in made})
         found += made

@@ -15,10 +15,11 @@ _TOKEN = re.compile(r'"[^"]*"|[{},;]|[^\s{},;"]+')
 
 
 class Elements(Struct):
-    """A set or a map: how many parts a key has, whether these may be ranges, and what it holds."""
+    """A set or a map: how many parts a key has, whether these may be ranges, the type of its values; what it holds."""
 
     parts: int
     interval: bool
+    leads: str = ""
     items: dict[tuple[str, ...], list[str]] = {}
 
     def find(self, key: tuple[str, ...]) -> list[str] | None:
@@ -69,8 +70,13 @@ class NftRules:
                 raise NotUnderstood(line)
         for rules in self.rules.values():
             for rule in rules:
-                if rule[-2:-1] in (["goto"], ["jump"]) and rule[-1] not in self.rules:
-                    raise NotUnderstood(f"there is no chain {rule[-1]}")
+                _Rule(self, list(rule), None).run()
+        for it in self.sets.values():
+            for value in it.items.values():
+                if it.leads == "verdict":
+                    _Rule(self, list(value), None).run()
+                elif len(value) != (3 if it.leads else 0):
+                    raise NotUnderstood(f"an element that says {' '.join(value)}")
 
     def chains(self) -> list[Chain]:
         """Those that the kernel calls."""
@@ -99,8 +105,10 @@ class NftRules:
         )
         if found is None:
             raise NotUnderstood(line)
-        name, key, _value = found.groups()
-        self.sets[name] = Elements(len(key.split(" . ")), "flags interval" in line)
+        name, key, value = found.groups()
+        if value not in (None, "verdict", "ipv4_addr . inet_service", "ipv6_addr . inet_service"):
+            raise NotUnderstood(line)
+        self.sets[name] = Elements(len(key.split(" . ")), "flags interval" in line, value or "")
 
     def _elements(self, words: list[str]) -> None:
         if words[0] == "flush":
@@ -139,17 +147,28 @@ class _Stop(Exception):
 
 
 class _Rule:
-    """One rule, and how far it has been read."""
+    """
+    One rule, and how far it has been read.
 
-    def __init__(self, rules: NftRules, words: list[str], packet: Packet) -> None:
-        self.rules, self.words, self.packet = rules, words, packet
+    :param packet: ``None`` to read the rule to its end, whatever it says: what is not understood comes out then.
+    """
+
+    def __init__(self, rules: NftRules, words: list[str], packet: Packet | None) -> None:
+        self.rules, self.words = rules, words
+        self.dry = packet is None
+        self.packet = packet or Packet("192.0.2.1", "192.0.2.2", 1)
+
+    def _differs(self) -> None:
+        """The rule is not about this packet."""
+        if not self.dry:
+            raise _Stop
 
     def run(self) -> tuple[bool, Verdict | None]:
         """Whether the chain ends here, and what with."""
         try:
             while self.words:
                 ended = self._statement()
-                if ended is not None:
+                if ended is not None and not self.dry:
                     return ended
         except _Stop:
             pass
@@ -173,11 +192,11 @@ class _Rule:
         if self._take("dnat"):
             self._dnat()
             return True, "accept"
+        before = len(self.words)
         verdict = self._verdict()
-        if verdict is not None:
-            return verdict
-        self._match()
-        return None
+        if verdict is None and len(self.words) == before:
+            self._match()
+        return verdict
 
     def _verdict(self) -> tuple[bool, Verdict | None] | None:
         """A word that ends a rule."""
@@ -189,29 +208,32 @@ class _Rule:
         if self._take("reject"):
             if self._take("with", "tcp", "reset"):
                 if self.packet.protocol != "TCP":
-                    raise _Stop
-            elif not self._take("with", "icmpx", "port-unreachable") and self.words:
+                    self._differs()
+            elif not self._take("with", "icmpx", "port-unreachable") and self.words[:1] not in ([], ["comment"]):
                 raise self._unknown()
             return True, "reject"
-        if self._take("goto"):
-            return True, self.rules._chain(self.words.pop(0), self.packet)
-        if self._take("jump"):
-            verdict = self.rules._chain(self.words.pop(0), self.packet)
-            return (True, verdict) if verdict is not None else (False, None)
+        for word in ("goto", "jump"):
+            if self._take(word):
+                chain = self.words.pop(0)
+                if chain not in self.rules.rules:
+                    raise NotUnderstood(f"there is no chain {chain}")
+                verdict = None if self.dry else self.rules._chain(chain, self.packet)
+                return (True, verdict) if word == "goto" or verdict is not None else None
         return None
 
     def _dnat(self) -> None:
         for word, version in (("ip", 4), ("ip6", 6)):
             if self._take(word) and self.packet.version != version:
-                raise _Stop
+                self._differs()
         if not self._take("to"):
             raise self._unknown()
         key = self._selector()
         if not self._take("map"):
             raise self._unknown()
-        found = self._set().find(key)
+        found = self._set(key).find(key)
         if found is None:
-            raise _Stop
+            self._differs()
+            return
         address, port = (it for it in found if it != ".")
         self.packet.address, self.packet.port = address, int(port)
 
@@ -219,10 +241,10 @@ class _Rule:
         flags = self.words[:2] in (["ct", "state"], ["ct", "status"])
         key = self._selector()
         if self._take("vmap"):
-            found = self._set().find(key)
+            found = self._set(key).find(key)
             if found is None:
-                raise _Stop
-            self.words[:0] = found
+                self._differs()
+            self.words[:0] = found or []
             return
         if self._take("&"):
             key = (hex(int(key[0], 0) & int(self.words.pop(0), 0)),)
@@ -230,7 +252,7 @@ class _Rule:
         if not negated:
             self._take("==")
         if self.words and self.words[0].startswith("@"):
-            holds = self._set().find(key) is not None
+            holds = self._set(key).find(key) is not None
         elif self._take("{"):
             end = self.words.index("}")
             listed = [it for it in self.words[:end] if it != ","]
@@ -246,13 +268,17 @@ class _Rule:
         else:
             raise self._unknown()
         if holds == negated:
-            raise _Stop
+            self._differs()
 
-    def _set(self) -> Elements:
+    def _set(self, key: tuple[str, ...]) -> Elements:
+        """The set that is named, for such a key."""
         name = self.words.pop(0)
         if not name.startswith("@") or name[1:] not in self.rules.sets:
             raise NotUnderstood(f"there is no set {name}")
-        return self.rules.sets[name[1:]]
+        it = self.rules.sets[name[1:]]
+        if it.parts != len(key):
+            raise NotUnderstood(f"{name} has other keys than {key}")
+        return it
 
     def _selector(self) -> tuple[str, ...]:
         found = [self._field()]
@@ -266,7 +292,7 @@ class _Rule:
             for field, value in (("saddr", packet.source), ("daddr", packet.address)):
                 if self._take(name, field):
                     if packet.version != version:
-                        raise _Stop
+                        self._differs()
                     return value
         if self._take("ct", "state"):
             return "new"
@@ -280,8 +306,8 @@ class _Rule:
             return packet.protocol.lower()
         for word in ("th", "tcp", "udp", "sctp"):
             if self._take(word, "dport"):
-                if word != "th" and word != packet.protocol.lower():
-                    raise _Stop
+                if packet.protocol == "ICMP" or word not in ("th", packet.protocol.lower()):
+                    self._differs()
                 return str(packet.port)
         if self._take("meta", "iifname") or self._take("iifname"):
             return packet.link

@@ -16,10 +16,12 @@ import tests
 from tests.conformance.__main__ import PAGE
 from tests.conformance.page import page
 from tests.conformance.pipeline import LOCAL, WRITERS, Machine, faults, packetOf, settingsOf
-from tests.conformance.site import Row
+from tests.conformance.site import LAN, Row
+from tests.conformance.site import Flow as Packets
 from tests.conformance.table import rows
 from twisted_kproxy.configmodel import SOURCE_KEYS, schema
 from twisted_kproxy.core.flows import Decision, Flow, Frontends, decide
+from twisted_kproxy.core.rules import PROXY_MARK
 
 TESTS = Path(tests.__file__).parent
 ROWS = rows()
@@ -63,7 +65,7 @@ class FlowTests(SynchronousTestCase):
     maxDiff = None
 
     def check(self, row: Row) -> None:
-        machine = Machine(row.objects, row.settings)
+        machine = Machine(row)
         found = [fault for writer in WRITERS for fault in faults(row, writer, machine)]
         self.assertEqual(found + contradictions(row, machine), [])
 
@@ -72,7 +74,7 @@ class FlowTests(SynchronousTestCase):
         wrong = []
         for row in ROWS:
             if row.name in ("cluster-ip", "source-ranges", "no-endpoints", "etp-local", "node-port-networks"):
-                machine = Machine(row.objects, row.settings)
+                machine = Machine(row)
                 for number, flow in enumerate(row.flows):
                     other = msgspec.structs.replace(flow, expected="drop" if flow.expected != "drop" else "reject")
                     altered = msgspec.structs.replace(row, flows=[other])
@@ -80,6 +82,32 @@ class FlowTests(SynchronousTestCase):
                     wrong.append((row.name, number, *contradictions(altered, machine)))
         self.assertEqual([it for it in wrong if len(it) != 3], [])
         self.assertGreater(len(wrong), 100)
+
+    def named(self, name: str) -> list[Row]:
+        return [row for row in ROWS if row.name == name]
+
+    def test_ownPorts(self) -> None:
+        """A port of the proxy refuses whoever dials it himself: from outside, a pod or the node."""
+        for row in self.named("cluster-ip") + self.named("cluster-ip-udp"):
+            machine = Machine(row)
+            for _family, protocol, port in machine.sockets:
+                for source in ("outside", "pod", "node"):
+                    flow = Packets(source, LAN[row.family].format(2), port, protocol, "reject")
+                    for writer, chains in WRITERS.items():
+                        found = machine.answer(chains(machine.ruleset), packetOf(flow, row.settings))
+                        self.assertEqual(found, "reject", f"{flow} {writer}")
+
+    def test_ownPackets(self) -> None:
+        """What the proxy itself sends to an endpoint goes there, were it a frontend or one that is refused."""
+        for row in (it for name in ("cluster-ip", "node-port", "no-endpoints") for it in self.named(name)):
+            machine = Machine(row)
+            for flow in row.flows:
+                if flow.source == "node":
+                    for writer, chains in WRITERS.items():
+                        packet = packetOf(flow, row.settings)
+                        packet.mark = PROXY_MARK | 0x4000
+                        found = machine.answer(chains(machine.ruleset), packet)
+                        self.assertEqual(found, "untouched", f"{flow} {writer}")
 
 
 def _add(row: Row) -> None:
