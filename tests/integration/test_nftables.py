@@ -25,7 +25,7 @@ from tests.shared import hardships
 from tests.shared.namespaces import Namespace, canMakeNamespaces
 from tests.shared.writers import SAMPLE, KernelWriterTests, key, many, same, to
 from twisted_kproxy.core.changes import Update
-from twisted_kproxy.core.rules import Delta, Guard, Ruleset, applied, deltaBetween
+from twisted_kproxy.core.rules import Delta, Guard, Rule, Ruleset, applied, deltaBetween
 from twisted_kproxy.core.values import Endpoint, Frontend, Locality, ServiceMap, ServicePort, ServicePortName
 from twisted_kproxy.interfaces import RulesRejected
 from twisted_kproxy.netfilter.choose import hasLegacyRules, hasNftablesNat
@@ -34,6 +34,7 @@ from twisted_kproxy.netfilter.nftables import NftablesWriter
 from twisted_kproxy.netfilter.nftlayout import NETWORKS
 from twisted_kproxy.netfilter.nfttext import readListing
 from twisted_kproxy.netfilter.plane import RulePlane
+from twisted_kproxy.netfilter.ruleset import canonicalNetworks
 from twisted_kproxy.netfilter.slices import Slices
 
 FOREIGN = """
@@ -515,6 +516,57 @@ class MendTests(InNamespace, TestCase):
         await self.assertMended(writer)
         [(elements,)] = committed
         self.assertIn("service-ips4", elements.flushed)
+
+
+class SourcesTests(InNamespace, TestCase):
+    """Many sources."""
+
+    timeout = 120
+
+    def rule(self, *networks: str) -> Rule:
+        return same(to(40001), canonicalNetworks(networks))
+
+    async def assertInForce(self, ruleset: Ruleset) -> None:
+        for netlink in (True, False):
+            self.assertEqual(await self.makeWriter(useNetlink=netlink).adopt(), ruleset)
+
+    async def test_many(self) -> None:
+        """A frontend for thousands of networks, and thousands of frontends for one: written, changed, mended, gone."""
+        wide = [f"10.{n // 250}.{n % 250}.{8 * (n % 31)}/{29 + n % 4}" for n in range(5000)]
+        wide6 = [f"fd00:{n:x}::/{32 + n % 90}" for n in range(1000)]
+        for netlink in (True, False):
+            writer = self.makeWriter(useNetlink=netlink)
+            rules = {key(f"203.0.{n // 250}.{n % 250}", 443): self.rule("10.0.0.0/8") for n in range(3000)}
+            rules[key("198.51.100.1", 443)] = self.rule(*wide)
+            rules[key("2001:db8:5::5", 443, "UDP")] = same("drop", canonicalNetworks(wide6))
+            ruleset = Ruleset(rules)
+            await writer.replace(ruleset)
+            await self.assertInForce(ruleset)
+            changed = {it: self.rule("10.0.0.0/9", "192.0.2.0/24") for it in [*rules][:2000]}
+            changed[key("198.51.100.1", 443)] = self.rule(*wide[:2500], "172.16.0.0/12")
+            step = Delta({**changed, key("2001:db8:5::5", 443, "UDP"): None})
+            await writer.apply(step)
+            await self.assertInForce(applied(ruleset, step))
+            await writer.apply(Delta(dict.fromkeys(rules)))
+            await self.assertInForce(Ruleset())
+
+    async def test_besideTheReactor(self) -> None:
+        """The kernel copies all sources when one changes: the reactor does not wait for that."""
+        writer = self.makeWriter()
+        await writer.replace(Ruleset())
+        calls: list[object] = []
+        real = writer._threads.run
+
+        def run(work: Any, *arguments: Any) -> Any:
+            calls.append(work)
+            return real(work, *arguments)
+
+        writer._threads.run = run  # type: ignore[method-assign,assignment]
+        where = key("203.0.113.5", 443)
+        for rule, count in ((self.rule("10.0.0.0/8"), 1), (same(to(40001)), 1), (same(to(40002)), 0), (None, 0)):
+            calls.clear()
+            await writer.apply(Delta({where: rule}))
+            self.assertEqual((rule, len(calls)), (rule, count))
 
 
 class Lateness:

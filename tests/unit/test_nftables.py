@@ -27,9 +27,11 @@ from twisted_kproxy.netfilter.nftlayout import (
     SETS,
     Allowed,
     Unreadable,
+    costly,
     gathered,
     intervals,
     placed,
+    sourcesOf,
     stepFor,
     wholeStep,
 )
@@ -156,6 +158,18 @@ class PlacingTests(SynchronousTestCase):
         one, two = Guard("IPv4", "TCP", 1), Guard("IPv4", "TCP", 2)
         step = stepFor(Ruleset(guards=frozenset({one})), Delta({}, frozenset({one, two}), frozenset({two})))
         self.assertEqual((step.added, step.removed), ([("proxy-ports4", two, None)], []))
+
+    def test_costly(self) -> None:
+        """Few sources that go are taken out one by one; for many among many the table is made anew."""
+        keys = [key(f"203.0.{n // 250}.{n % 250}", 80) for n in range(2000)]
+        for count, gone, expected in ((2000, 1, False), (2000, 30, True), (100, 100, False), (300, 200, True)):
+            known = Ruleset(dict.fromkeys(keys[:count], same(to(1), ("10.0.0.0/8",))))
+            there = sourcesOf(known.rules.values())
+            step = stepFor(known, Delta(dict.fromkeys(keys[:gone])))
+            self.assertEqual((there, count, gone, costly(step, there)), (count, count, gone, expected))
+            self.assertFalse(costly(stepFor(Ruleset(), Delta(known.rules)), 0), "adding costs little")
+            self.assertEqual(costly(wholeStep(known), there), count == 2000)
+        self.assertFalse(costly(wholeStep(many(2000)), 0))
 
     def test_clusterIPSteps(self) -> None:
         """The same for the addresses of Services, each in its family's set."""

@@ -20,7 +20,7 @@ from ..core.values import FrontendKey
 from ..interfaces import IRuleWriter, RulesNotJudged, RulesRejected
 from .netlink import Interrupted, Refused, SocketOpener
 from .nftelements import Elements, elementsOf
-from .nftlayout import Step, Unreadable, placing, stepping
+from .nftlayout import ALLOWED, Step, Unreadable, costly, placing, sourcesOf, stepping
 from .nftprogram import Misfit, NftProgram, parsed
 from .nftsocket import ElementSocket
 from .nfttext import readListing, telling
@@ -43,9 +43,11 @@ class _Known:
         self.guards: set[Guard] = set(ruleset.guards)
         self.clusterIPs: set[str] = set(ruleset.clusterIPs)
         self.locality = ruleset.locality
+        self.sources = sourcesOf(self.rules.values())  # how many
 
     def advancing(self, delta: Delta) -> Slices[None]:
         """The delta is in force."""
+        self.sources += sourcesOf(delta.rules.values()) - sourcesOf(map(self.rules.get, delta.rules))
         yield from updating(self.rules, delta.rules)
         self.guards -= delta.guardsRemoved
         self.guards |= delta.guardsAdded
@@ -72,7 +74,7 @@ class NftablesWriter:
     :param useNetlink: whether batches of our own are tried at all.
     :ivar usesNetlink: whether elements go by batches of our own.
     :ivar INLINE: steps of up to so many elements are sent at once; bigger ones are put together in slices, and sent
-        from a thread.
+        from a thread. So are those that change sources, of which the kernel makes a copy each time.
     """
 
     log = Logger()
@@ -219,6 +221,9 @@ class NftablesWriter:
         if not step:
             await self._sliced(len(delta.rules), known.advancing(delta))
             return
+        if costly(step, known.sources):
+            await self._replace(applied(known.ruleset(), delta), "many sources change")
+            return
         try:
             await self._send(step)
         except Misfit as misfit:
@@ -227,7 +232,11 @@ class NftablesWriter:
             return
         await self._sliced(len(delta.rules), known.advancing(delta))
 
-    async def _replace(self, ruleset: Ruleset) -> None:
+    async def _replace(self, ruleset: Ruleset, why: str = "") -> None:
+        """
+        :param why: to make the table anew, though it is as it should be.
+        """
+        known = self._known
         looking = Deferred.fromCoroutine(self._nft.look())  # it takes a while, and another process
         try:
             step = await self._sliced(len(ruleset.rules), placing(ruleset))
@@ -238,10 +247,15 @@ class NftablesWriter:
         if not problem and links != wanted:
             problem = "the links of insiders are others"
         damaged, self._damaged = self._damaged, False
+        if not problem and damaged and self.usesNetlink and await self._mend(step):
+            self._known = _Known(ruleset)
+            return
+        sources = sourcesOf(ruleset.rules.values())
+        if not problem and (why or costly(step, known.sources if known is not None else sources)):
+            problem = why or "there are many sources"
         if not problem and self.usesNetlink:
             try:
-                if not (damaged and await self._mend(step)):
-                    await self._send(step, elements)
+                await self._send(step, elements)
             except Misfit as misfit:
                 problem = str(misfit)
         if problem or not self.usesNetlink:
@@ -262,6 +276,8 @@ class NftablesWriter:
             try:
                 collected = await self._threads.run(self._elements.collect)
                 step = await inSlices(self._reactor, self._elements.mending(collected, whole))
+                if costly(step, sum(name in ALLOWED for name, _item, _value in whole.added)):
+                    return False
                 self.log.info("{count} elements are out of place and will be mended.", count=len(step))
                 elements = await inSlices(self._reactor, elementsOf(step))
                 generation = collected.generation if guarded else None
@@ -303,7 +319,7 @@ class NftablesWriter:
         try:
             if elements is None:
                 elements = await self._sliced(len(step), elementsOf(step))
-            if len(step) <= self.INLINE:
+            if len(step) <= self.INLINE and ALLOWED.keys().isdisjoint({*elements.gone, *elements.new}):
                 self._elements.commit(elements)
             else:
                 await self._threads.run(self._elements.commit, elements)
