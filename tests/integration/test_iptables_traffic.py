@@ -185,13 +185,13 @@ class IptablesTrafficTests(traffic.TrafficTests):
                 if services:
                     self.assertEqual((client, self.asked(client, free)), (client, {"timeout"}))
         with self.rig.open("p0a"):
-            other = socket.socket(socket.AF_INET, socket.SOCK_RAW, 253)  # for experiments (RFC 3692)
-        with other:
-            other.settimeout(3)
-            other.setsockopt(socket.IPPROTO_IP, 11, 1)  # IP_RECVERR
-            other.connect((traffic.CLUSTER["IPv4"], 0))
-            other.send(b"who?")
-            self.assertRaises(ConnectionRefusedError, other.recv, 200)
+            ping = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP)
+        with ping:
+            ping.settimeout(3)
+            ping.setsockopt(socket.IPPROTO_IP, 11, 1)  # IP_RECVERR
+            ping.connect((traffic.CLUSTER["IPv4"], 0))
+            ping.send(bytes.fromhex("0800f7ff00000000"))  # an echo request
+            self.assertRaises(ConnectionRefusedError, ping.recv, 200)
         # A step: the address goes with its last service, and is one of nobody's then.
         gone = Ruleset({}, ruleset.guards, frozenset(), Locality(traffic.INSIDERS, services=networks))
         await self.writer.apply(deltaBetween(Ruleset(ruleset.rules, ruleset.guards, addresses, gone.locality), gone))
