@@ -107,7 +107,11 @@ def reconstruct(family: Family, found: Content[bytes]) -> Ruleset:
         address, protocol, port = frontendOf(chain, entry)
         if protocol is None:
             raise UnknownBytes(f"a rule is for no protocol: {entry.comment}")
-        return frontends.setdefault(FrontendKey(family, protocol, address, port), _Found())
+        key = FrontendKey(family, protocol, address, port)
+        it = frontends.get(key)
+        if it is None:
+            it = frontends[key] = _Found()
+        return it
 
     for chain in (PORTALS_CONTAINER, NODEPORT_CONTAINER):
         for entry in entries.nat[chain]:
@@ -163,14 +167,14 @@ def _same(family: Family, entries: Content[Entry], found: Content[bytes], expect
     for table in TABLES:
         for chain in CHAINS[table]:
             wanted = expected.of(table)[chain]
-            there = list(zip(entries.of(table)[chain], found.of(table)[chain], strict=True))
-            if _grouped(chain, there) != _grouped(chain, [(it, pack(it)) for it in wanted]):
+            there, shall = found.of(table)[chain], [pack(it) for it in wanted]
+            if there != shall and _grouped(chain, entries.of(table)[chain], there) != _grouped(chain, wanted, shall):
                 raise UnknownBytes(f"{chain} of {table} ({family}) holds what was not written there")
 
 
-def _grouped(chain: str, rules: Iterable[tuple[Entry, bytes]]) -> dict[object, list[bytes]]:
+def _grouped(chain: str, entries: Iterable[Entry], rules: Iterable[bytes]) -> dict[object, list[bytes]]:
     groups: dict[object, list[bytes]] = {}
-    for entry, data in rules:
+    for entry, data in zip(entries, rules, strict=True):
         groups.setdefault(frontendOf(chain, entry), []).append(data)
     return groups
 
