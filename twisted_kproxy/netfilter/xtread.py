@@ -1,6 +1,6 @@
 """
 Chains of ip_tables as the ruleset that they were made from: what :mod:`~twisted_kproxy.netfilter.xtlayout` does, and
-back. What is read is rendered and compared, so that here only one thing has to be told from another.
+back. What was read is rendered again and compared, so that rules need only be told apart here, not judged.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from ipaddress import ip_network
-from typing import TypeVar
 
 from ..core.rules import Guard, Rule, Ruleset, Target, Verdict
 from ..core.values import EVERYWHERE, Family, FrontendKey, Locality
@@ -32,7 +31,6 @@ from .xtlayout import (
 )
 from .xtvalid import check
 
-_T = TypeVar("_T")
 _HALVES = {("0.0.0.0/1", "128.0.0.0/1"): "0.0.0.0/0", ("::/1", "8000::/1"): "::/0"}
 _KEPT = re.compile(r"kproxy (insider|node ports|service network) (\S+)")
 
