@@ -32,9 +32,11 @@ from twisted_kproxy.netfilter.xtbytes import (
 )
 from twisted_kproxy.netfilter.xtlayout import (
     CHAINS,
+    CLUSTER_IPS,
     GUARD,
     INSIDERS,
     JUMPS,
+    NO_PORT,
     PORTALS_CONTAINER,
     PORTALS_HOST,
     REFUSE,
@@ -100,6 +102,30 @@ class BytesTests(SynchronousTestCase):
         """So is a guard of IPv6."""
         entry = Entry("IPv6", "kproxy x", RESET, protocol="TCP", port=80, state="!DNAT")
         self.assertEqual(pack(entry).hex(), GUARD6)
+
+    def test_interface(self) -> None:
+        """An interface, whole and as a prefix, is as ``xtables_parse_interface`` has it, and comes back."""
+        for name, text, mask in (
+            ("cbr0", b"cbr0", b"\xff" * 5),
+            ("cali+", b"cali+", b"\xff" * 4),
+            ("a" * 15, b"a" * 15, b"\xff" * 16),
+        ):
+            for family, at in (("IPv4", 16), ("IPv6", 64)):
+                entry = Entry(family, "kproxy x", RETURN, interface=name)  # type: ignore[arg-type]
+                data = pack(entry)
+                self.assertEqual(data[at : at + 16], text.ljust(16, b"\0"))
+                self.assertEqual(data[at + 32 : at + 48], mask.ljust(16, b"\0"))
+                self.assertEqual(parse(family, data), entry)  # type: ignore[arg-type]
+
+    def test_destinationNetwork(self) -> None:
+        """A destination may be a network, and a protocol may be without a port."""
+        for entry in (
+            Entry("IPv4", "kproxy x", DROP, destination="10.96.0.0/16"),
+            Entry("IPv6", "kproxy x", RESET, destination="fd00:10:96::/112", protocol="TCP"),
+            Entry("IPv4", "kproxy x", "KPROXY-NO-PORT", destination="10.96.0.10"),
+        ):
+            self.assertEqual(parse(entry.family, pack(entry)), entry)
+            self.assertEqual(entryOf(entry.family, textOf(entry)), entry)
 
     def test_sizes(self) -> None:
         """Offsets and sizes are consistent and aligned, whatever the shape."""
@@ -326,6 +352,99 @@ class LayoutTests(SynchronousTestCase):
             ],
         )
 
+    def test_sources(self) -> None:
+        """
+        Who is in the source ranges is led, insiders to where insiders are; everybody else is left unrewritten, and
+        dropped.
+        """
+        place = placeOf("IPv4", Locality(("10.1.0.0/16", "10.2.0.0/16"), ("cali*",)))
+        rule = Rule(to(1), to(2), ("10.2.0.0/24", "203.0.113.0/24"))
+        found = [
+            (chain, entry.interface, entry.source, entry.target)
+            for _, chain, entry in ruleEntries(key("198.51.100.5", 80), rule, place)
+        ]
+        self.assertEqual(
+            found,
+            [
+                (PORTALS_CONTAINER, "", "10.2.0.0/24", to(2)),
+                (PORTALS_CONTAINER, "cali+", "10.2.0.0/24", to(2)),
+                (PORTALS_CONTAINER, "cali+", "203.0.113.0/24", to(2)),
+                (PORTALS_CONTAINER, "", "10.2.0.0/24", to(1)),
+                (PORTALS_CONTAINER, "", "203.0.113.0/24", to(1)),
+                (PORTALS_CONTAINER, "", "", ACCEPT),
+                (PORTALS_HOST, "", "10.2.0.0/24", to(2)),
+                (PORTALS_HOST, "", "203.0.113.0/24", to(2)),
+                (PORTALS_HOST, "", "", ACCEPT),
+                (REFUSE, "", "", DROP),
+            ],
+        )
+
+    def test_nobody(self) -> None:
+        """A frontend for nobody has rules for a source that no packet has, so that its verdicts can be read back."""
+        entries = [it for _, _, it in ruleEntries(key("198.51.100.5", 80), Rule(to(1), to(1), ()), Place())]
+        self.assertEqual({it.source for it in entries if it.target == to(1)}, {"255.255.255.255/32"})
+        self.assertEqual({it.comment for it in entries}, {"kproxy 198.51.100.5:80/TCP for nobody"})
+
+    def test_refusedSources(self) -> None:
+        """Who is in the ranges is refused as the verdict has it, everybody else is dropped."""
+        rule, place = Rule("reject", "drop", ("203.0.113.0/24",)), placeOf("IPv4", Locality(("203.0.113.7/32",)))
+        found = [
+            (entry.sourceLocal, entry.source, entry.target)
+            for _, chain, entry in ruleEntries(key("198.51.100.5", 80), rule, place)
+            if chain == REFUSE
+        ]
+        self.assertEqual(
+            found,
+            [
+                (True, "203.0.113.0/24", DROP),
+                (False, "203.0.113.7/32", DROP),
+                (False, "203.0.113.0/24", RESET),
+                (False, "", DROP),
+            ],
+        )
+
+    def test_nodePorts(self) -> None:
+        """Node ports have their rules once for each network, and service addresses are as they were."""
+        place = placeOf("IPv4", Locality(nodePorts=("127.0.0.0/8", "192.0.2.2/32", "::1/128")))
+        for rule, target in ((same(to(1)), to(1)), (same("drop"), DROP)):
+            entries = [it for _, _, it in ruleEntries(key("", 30080), rule, place)]
+            self.assertEqual({it.target for it in entries}, {target})
+            self.assertEqual({it.destination for it in entries}, {"127.0.0.0/8", "192.0.2.2"})
+        here, everywhere = (list(ruleEntries(key("10.96.0.1", 80), same(to(1)), it)) for it in (place, Place()))
+        self.assertEqual(here, everywhere)
+        self.assertEqual(placeOf("IPv6", Locality(nodePorts=("192.0.2.2/32",))).nodePorts, ("ff00::",))
+
+    def test_nothingForNothing(self) -> None:
+        """Who uses none of it has none of its rules."""
+        plain = Ruleset(SAMPLE.rules, SAMPLE.guards, locality=TEN)
+        for family in FAMILIES:
+            content = render(plain, family, lambda entry: entry)
+            self.assertEqual((content.filter[CLUSTER_IPS], content.filter[NO_PORT]), ([], []))
+            self.assertEqual([it for it in content.filter[REFUSE] if it.protocol is None], [])
+            entries = [it for table in TABLES for its in content.of(table).values() for it in its]
+            self.assertEqual([it for it in entries if it.interface or "/" in it.destination], [])
+
+    def test_clusterIPs(self) -> None:
+        """Those in a known network are passed by who sends there only; each has one rule."""
+        locality = Locality(services=("10.96.0.0/16", "fd00:10:96::/112"))
+        ruleset = Ruleset(clusterIPs=frozenset({"10.96.0.1", "10.97.0.1", "fd00:10:96::1"}), locality=locality)
+        content = render(ruleset, "IPv4", lambda entry: entry)
+        self.assertEqual([(it.destination, it.target) for it in content.filter[CLUSTER_IPS]], [("10.96.0.1", NO_PORT)])
+        self.assertEqual(
+            [(it.destination, it.target) for it in content.filter[REFUSE]],
+            [("10.96.0.0/16", CLUSTER_IPS), ("10.96.0.0/16", DROP), ("10.97.0.1", NO_PORT)],
+        )
+        self.assertEqual([(it.protocol, it.target) for it in content.filter[NO_PORT]], [("TCP", RESET), (None, REJECT)])
+
+    def test_outOfOrder(self) -> None:
+        """A frontend's rule behind those for all protocols, or a refusal that is never reached, is no ruleset."""
+        locality = Locality(services=("10.96.0.0/16",))
+        ruleset = Ruleset({key("10.96.0.1", 80): same("drop")}, clusterIPs=frozenset({"10.96.0.1"}), locality=locality)
+        for chain in (REFUSE, NO_PORT):
+            content = render(ruleset, "IPv4")
+            content.filter[chain].reverse()
+            self.assertRaises(UnknownBytes, reconstruct, "IPv4", content)
+
     def test_guardBeforeAccept(self) -> None:
         """A guard refuses what no rule led there."""
         content = render(Ruleset(guards=frozenset({Guard("IPv4", "UDP", 4000)})), "IPv4")
@@ -352,7 +471,16 @@ class LayoutTests(SynchronousTestCase):
             ("a\0b", Ruleset({key("a\0b", 80): same("drop")})),
             ("10.0.0.1/8", Ruleset(locality=Locality(("10.0.0.1/8",)))),
             ("guard", Ruleset(guards=frozenset({Guard("IPv4", "TCP", 65536)}))),
+            ("10.0.0.1/8", Ruleset(locality=Locality(nodePorts=("10.0.0.1/8",)))),
+            ("ClusterIPs 'x'", Ruleset(locality=Locality(services=("x",)))),
+            ("010.96.0.1", Ruleset(clusterIPs=frozenset({"010.96.0.1"}))),
+            ("must be written", Ruleset(clusterIPs=frozenset({"fd00::0:1"}))),
+            ("unspecified", Ruleset(clusterIPs=frozenset({"::"}))),
+            ("203.0.113.5:80/TCP, '10.0.0.1/8'", Ruleset({key("203.0.113.5", 80): same("drop", ("10.0.0.1/8",))})),
+            ("another family", Ruleset({key("203.0.113.5", 80): same("drop", ("fd00::/8",))})),
         ]
+        links = ("", "*", "a b", "a+", "é", "a" * 16)
+        bad += [(repr(it), Ruleset(locality=Locality(insiderLinks=(it,)))) for it in links]
         for word, ruleset in bad:
             error = self.assertRaises(Invalid, check, ruleset)
             self.assertIn(word, str(error))

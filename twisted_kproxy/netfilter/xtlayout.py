@@ -215,15 +215,16 @@ def ruleEntries(key: FrontendKey, rule: Rule, place: Place) -> Iterator[tuple[Ta
 
     def entries(
         target: Target | str, sources: Iterable[str] = ("",), link: str = "", *, fromNode: bool = False
-    ) -> Iterator[Entry]:
-        for destination in destinations:
-            for source in sources:
-                yield Entry(
-                    family, comment, target, source, destination, key.protocol, key.port, fromNode, interface=link
-                )
+    ) -> list[Entry]:
+        protocol, port = key.protocol, key.port
+        return [
+            Entry(family, comment, target, source, destination, protocol, port, fromNode, interface=link)
+            for destination in destinations
+            for source in sources
+        ]
 
     outside, inside, sources = rule.outside, rule.inside, _sources(rule, family)
-    insiders = [part for cidr in place.insiders for part in _within(cidr, sources)]
+    insiders = [part for cidr in place.insiders for part in _within(cidr, sources)] if inside != outside else []
     # Who is refused is not rewritten by what follows: an address that is refused may be the node's own, and its port a
     # node port of another Service.
     refused = ACCEPT if key.address else RETURN
@@ -244,7 +245,7 @@ def ruleEntries(key: FrontendKey, rule: Rule, place: Place) -> Iterator[tuple[Ta
                 yield "nat", chain, entry
     # Packets that were rewritten no longer go to the frontend: where one side is served, one rule for the other is
     # enough.
-    words: list[Iterator[Entry]] = []
+    words: list[list[Entry]] = []
     if not any(led) and inside != outside:
         word = _word(inside, key)
         words.append(entries(word, sources, fromNode=True))

@@ -1,6 +1,6 @@
 """
 Chains of ip_tables as the ruleset that they were made from: what :mod:`~twisted_kproxy.netfilter.xtlayout` does, and
-back. What is read is rendered and compared, so that here only one thing has to be told from another.
+back. What was read is rendered again and compared, so that rules need only be told apart here, not judged.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from ipaddress import ip_network
-from typing import TypeVar
 
 from ..core.rules import Guard, Rule, Ruleset, Target, Verdict
 from ..core.values import EVERYWHERE, Family, FrontendKey, Locality
@@ -32,7 +31,6 @@ from .xtlayout import (
 )
 from .xtvalid import check
 
-_T = TypeVar("_T")
 _HALVES = {("0.0.0.0/1", "128.0.0.0/1"): "0.0.0.0/0", ("::/1", "8000::/1"): "::/0"}
 _KEPT = re.compile(r"kproxy (insider|node ports|service network) (\S+)")
 
@@ -107,7 +105,11 @@ def reconstruct(family: Family, found: Content[bytes]) -> Ruleset:
         address, protocol, port = frontendOf(chain, entry)
         if protocol is None:
             raise UnknownBytes(f"a rule is for no protocol: {entry.comment}")
-        return frontends.setdefault(FrontendKey(family, protocol, address, port), _Found())
+        key = FrontendKey(family, protocol, address, port)
+        it = frontends.get(key)
+        if it is None:
+            it = frontends[key] = _Found()
+        return it
 
     for chain in (PORTALS_CONTAINER, NODEPORT_CONTAINER):
         for entry in entries.nat[chain]:
@@ -163,14 +165,14 @@ def _same(family: Family, entries: Content[Entry], found: Content[bytes], expect
     for table in TABLES:
         for chain in CHAINS[table]:
             wanted = expected.of(table)[chain]
-            there = list(zip(entries.of(table)[chain], found.of(table)[chain], strict=True))
-            if _grouped(chain, there) != _grouped(chain, [(it, pack(it)) for it in wanted]):
+            there, shall = found.of(table)[chain], [pack(it) for it in wanted]
+            if there != shall and _grouped(chain, entries.of(table)[chain], there) != _grouped(chain, wanted, shall):
                 raise UnknownBytes(f"{chain} of {table} ({family}) holds what was not written there")
 
 
-def _grouped(chain: str, rules: Iterable[tuple[Entry, bytes]]) -> dict[object, list[bytes]]:
+def _grouped(chain: str, entries: Iterable[Entry], rules: Iterable[bytes]) -> dict[object, list[bytes]]:
     groups: dict[object, list[bytes]] = {}
-    for entry, data in rules:
+    for entry, data in zip(entries, rules, strict=True):
         groups.setdefault(frontendOf(chain, entry), []).append(data)
     return groups
 

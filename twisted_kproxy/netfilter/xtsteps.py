@@ -7,6 +7,7 @@ from typing import Generic, TypeAlias, TypeVar
 
 from msgspec import Struct
 
+from ..core.addresses import familyOf
 from ..core.rules import Delta, Ruleset
 from ..core.values import Family, FrontendKey, Protocol
 from .xtbytes import Entry
@@ -67,9 +68,9 @@ def editsOf(family: Family, old: Ruleset, new: Ruleset, changed: Delta, form: Ca
 
     for key in changed.rules:
         if key.family == family:
-            was, shall = written(key, old), written(key, new)
-            for where in was.keys() | shall.keys():
-                gone, come = was.get(where, []), shall.get(where, [])
+            before, after = written(key, old), written(key, new)
+            for where in before.keys() | after.keys():
+                gone, come = before.get(where, []), after.get(where, [])
                 if gone != come:
                     table, chain = where
                     (edits.natGone if table == "nat" else edits.filterGone).extend((chain, it) for it in gone)
@@ -80,18 +81,15 @@ def editsOf(family: Family, old: Ruleset, new: Ruleset, changed: Delta, form: Ca
     for guard in sorted(old.guards - new.guards):
         if guard.family == family:
             edits.filterGone.extend((GUARD, form(entry)) for entry in guardEntries(guard))
-    if new.clusterIPs != old.clusterIPs:
-        before, after = ownOf(family, old.clusterIPs), ownOf(family, new.clusterIPs)
-        for known, others, some in (
-            (before, new.clusterIPs, edits.filterGone),
-            (after, old.clusterIPs, edits.filterNew),
-        ):
-            for address in known:
-                if address not in others:
-                    chain, entry = clusterEntry(address, place)
-                    some.append((chain, form(entry)))
-        if bool(before) != bool(after):
-            some = edits.filterNew if after else edits.filterGone
+    for one, other, some in (
+        (old.clusterIPs, new.clusterIPs, edits.filterGone),
+        (new.clusterIPs, old.clusterIPs, edits.filterNew),
+    ):
+        addresses = ownOf(family, one - other)
+        for address in addresses:
+            chain, entry = clusterEntry(address, place)
+            some.append((chain, form(entry)))
+        if addresses and not any(familyOf(it) == family for it in other):
             some.extend((NO_PORT, form(entry)) for entry in noPortEntries(family))
     return edits
 

@@ -157,7 +157,11 @@ def ruleOf(entry: Entry, table: Any) -> Any:
     if entry.destination:
         rule.dst = entry.destination
     if entry.interface:
-        _setInterface(rule, entry)
+        # By libxtables itself: of IPv6 the library would have the kernel compare no more than a bit of each letter.
+        name, mask = ctypes.create_string_buffer(16), ctypes.create_string_buffer(16)
+        iptc.xtables._lib_xtables.xtables_parse_interface(entry.interface.encode(), name, mask)
+        head = rule.entry.ip if entry.family == "IPv4" else rule.entry.ipv6
+        head.iniface, head.iniface_mask = name.raw, mask.raw
     rule.create_match("comment").set_parameter("comment", entry.comment)
     if entry.protocol and entry.port:
         rule.create_match(entry.protocol.lower()).set_parameter("dport", str(entry.port))
@@ -181,14 +185,6 @@ def ruleOf(entry: Entry, table: Any) -> Any:
     else:
         rule.create_target(entry.target)
     return rule
-
-
-def _setInterface(rule: Any, entry: Entry) -> None:
-    """By libxtables itself: of IPv6 the library would have the kernel compare no more than a bit of each letter."""
-    name, mask = ctypes.create_string_buffer(16), ctypes.create_string_buffer(16)
-    iptc.xtables._lib_xtables.xtables_parse_interface(entry.interface.encode(), name, mask)
-    head = rule.entry.ip if entry.family == "IPv4" else rule.entry.ipv6
-    head.iniface, head.iniface_mask = name.raw, mask.raw
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
