@@ -44,7 +44,7 @@ class Entry(Struct, frozen=True):
     :ivar protocol: ``None`` for any.
     :ivar port: the destination port, with ``protocol``; 0 for any.
     :ivar sourceLocal: only from addresses of this node.
-    :ivar destinationLocal: only to addresses of this node; ``elsewhere``: only to others.
+    :ivar destinationLocal: only to addresses of this node.
     :ivar state: of the connection, a condition for the conntrack match.
     :ivar unmarked: only what does not carry the proxy's own mark.
     :ivar interface: only what came in by this one, or by those that begin so where it ends with ``+``; ``""`` for any.
@@ -63,7 +63,6 @@ class Entry(Struct, frozen=True):
     state: State = ""
     unmarked: bool = False
     interface: str = ""
-    elsewhere: bool = False
 
 
 def sanitised(comment: str) -> str:
@@ -100,7 +99,6 @@ _ADDRTYPE_SIZE = 40
 _CONNTRACK_SIZE = 200
 _MARK_SIZE = 48
 _LOCAL = 1 << 2  # XT_ADDRTYPE_LOCAL is 1 << RTN_LOCAL
-_INVERT_DESTINATION = 2  # XT_ADDRTYPE_INVERT_DEST
 _LINK_SIZE = 16  # IFNAMSIZ
 _NO_LINK = bytes(_LINK_SIZE)
 _CT_STATE = 1  # XT_CONNTRACK_STATE
@@ -131,8 +129,8 @@ def _port(protocol: Protocol, port: int) -> bytes:
 
 
 @lru_cache(maxsize=8)
-def _addrtype(source: bool, destination: bool, inverted: bool) -> bytes:
-    data = struct.pack("=HHI", _LOCAL * source, _LOCAL * (destination or inverted), _INVERT_DESTINATION * inverted)
+def _addrtype(source: bool, destination: bool) -> bytes:
+    data = struct.pack("=HHI", _LOCAL * source, _LOCAL * destination, 0)
     return _extension("addrtype", 1, data, _ADDRTYPE_SIZE)
 
 
@@ -189,8 +187,8 @@ def pack(entry: Entry) -> bytes:
         number = _NUMBERS[entry.protocol]
         if entry.port:
             matches += _port(entry.protocol, entry.port)
-    if entry.sourceLocal or entry.destinationLocal or entry.elsewhere:
-        matches += _addrtype(entry.sourceLocal, entry.destinationLocal, entry.elsewhere)
+    if entry.sourceLocal or entry.destinationLocal:
+        matches += _addrtype(entry.sourceLocal, entry.destinationLocal)
     if entry.state:
         matches += _conntrack(entry.state)
     if entry.unmarked:
@@ -277,7 +275,7 @@ def _parse(family: Family, data: bytes) -> Entry:
     at, _ = _OFFSETS.unpack_from(data, _NFCACHE[family] + 4)
     position = HEAD[family]
     protocol = _PROTOCOLS[number] if number else None
-    comment, port, sourceLocal, destinationLocal, state, unmarked, elsewhere = "", 0, False, False, "", False, False
+    comment, port, sourceLocal, destinationLocal, state, unmarked = "", 0, False, False, "", False
     while position < at:
         size, raw, _ = _EXTENSION.unpack_from(data, position)
         name = raw.split(b"\0", 1)[0]
@@ -289,9 +287,8 @@ def _parse(family: Family, data: bytes) -> Entry:
         elif name == b"sctp":
             port = struct.unpack_from("=H", data, inside)[0]
         elif name == b"addrtype":
-            *kinds, flags = struct.unpack_from("=HHI", data, inside)
-            elsewhere = flags == _INVERT_DESTINATION
-            sourceLocal, destinationLocal = kinds[0] == _LOCAL, kinds[1] == _LOCAL and not elsewhere
+            kinds = struct.unpack_from("=HH", data, inside)
+            sourceLocal, destinationLocal = kinds[0] == _LOCAL, kinds[1] == _LOCAL
         elif name == b"conntrack":
             state = _stateIn(data, inside)
         elif data[position : position + size] == _UNMARKED:
@@ -303,7 +300,7 @@ def _parse(family: Family, data: bytes) -> Entry:
         position += size
     return Entry(
         family, comment, _targetIn(family, data, at), source, destination, protocol, port, sourceLocal,
-        destinationLocal, state, unmarked, interface, elsewhere,  # type: ignore[arg-type]
+        destinationLocal, state, unmarked, interface,  # type: ignore[arg-type]
     )  # fmt: skip
 
 

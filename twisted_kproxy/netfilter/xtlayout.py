@@ -303,8 +303,7 @@ def serviceEntries(family: Family, place: Place) -> Iterator[Entry]:
     for cidr in place.services:
         comment, destination = sanitised(f"kproxy services {cidr}"), cidr.removesuffix(_WHOLE[family])
         yield Entry(family, comment, CLUSTER_IPS, destination=destination)
-        # Addresses of the node itself are nobody else's, even where they are in such a network.
-        yield Entry(family, comment, DROP, destination=destination, elsewhere=True)
+        yield Entry(family, comment, DROP, destination=destination)
 
 
 def localityEntries(family: Family, locality: Locality) -> list[Entry]:

@@ -165,14 +165,12 @@ def ruleOf(entry: Entry, table: Any) -> Any:
     rule.create_match("comment").set_parameter("comment", entry.comment)
     if entry.protocol and entry.port:
         rule.create_match(entry.protocol.lower()).set_parameter("dport", str(entry.port))
-    if entry.sourceLocal or entry.destinationLocal or entry.elsewhere:
+    if entry.sourceLocal or entry.destinationLocal:
         match = rule.create_match("addrtype")
         if entry.sourceLocal:
             match.set_parameter("src-type", "LOCAL")
         if entry.destinationLocal:
             match.set_parameter("dst-type", "LOCAL")
-        if entry.elsewhere:
-            match.set_parameter("dst-type", "!LOCAL")
     if entry.state:
         rule.create_match("conntrack").set_parameter("ctstate", entry.state)
     if entry.unmarked:

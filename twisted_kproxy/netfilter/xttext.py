@@ -39,10 +39,9 @@ def textOf(entry: Entry) -> str:
     words.append(f"-m comment --comment {quoted}")
     if entry.port:
         words.append(f"-m {protocol} --dport {entry.port}")
-    if entry.sourceLocal or entry.destinationLocal or entry.elsewhere:
+    if entry.sourceLocal or entry.destinationLocal:
         words.append("-m addrtype")
         words += ["--src-type LOCAL"] * entry.sourceLocal + ["--dst-type LOCAL"] * entry.destinationLocal
-        words += ["! --dst-type LOCAL"] * entry.elsewhere
     if entry.state:
         words.append(f"-m conntrack {'! ' * entry.state.startswith('!')}--ctstate {entry.state.lstrip('!')}")
     if entry.unmarked:
@@ -65,8 +64,7 @@ _SPECIFICATION = re.compile(
     r"(?:-p (?P<protocol>tcp|udp|sctp) )?"
     r'-m comment --comment (?:"(?P<quoted>[^"]*)"|(?P<bare>[^" ]+))'
     r"(?: -m (?P<match>tcp|udp|sctp) --dport (?P<port>\d{1,5}))?"
-    r"(?: -m addrtype(?P<sourceLocal> --src-type LOCAL)?(?P<destinationLocal> --dst-type LOCAL)?"
-    r"(?P<elsewhere> ! --dst-type LOCAL)?)?"
+    r"(?: -m addrtype(?P<sourceLocal> --src-type LOCAL)?(?P<destinationLocal> --dst-type LOCAL)?)?"
     r"(?: -m conntrack (?P<inverted>! )?--ctstate (?P<state>NEW|ESTABLISHED|DNAT))?"
     rf"(?P<unmarked> {re.escape(_MARK)})?"
     r" -j (?:DNAT --to-destination (?:\[(?P<six>[^\]]+)\]|(?P<four>[^:\[ ]+)):(?P<to>\d{1,5})"
@@ -98,7 +96,7 @@ def entryOf(family: Family, text: str) -> Entry:
     entry = Entry(
         family, it["quoted"] or it["bare"] or "", target, it["source"] or "", destination, protocol,
         int(it["port"] or 0), bool(it["sourceLocal"]), bool(it["destinationLocal"]), state, bool(it["unmarked"]),
-        it["interface"] or "", bool(it["elsewhere"]),
+        it["interface"] or "",
     )  # fmt: skip
     if textOf(entry) != text or not _isCanonical(destination):
         raise UnknownBytes(f"a rule of another shape than is written here: {text[:200]}")
