@@ -108,7 +108,7 @@ async def nftChange(reactor: Any) -> None:
             before: dict[Any, Rule] = {}
 
             def byTool(n: int, before: dict[Any, Rule] = before) -> None:
-                script = stepText("kproxy", stepFor(before, frozenset(), Delta({WHERE: one(n)})))
+                script = stepText("kproxy", stepFor(Ruleset(before), Delta({WHERE: one(n)})))
                 before[WHERE] = one(n)
                 subprocess.run([*theirs.prefix, "nft", "-f", "-"], input=script, text=True, check=True)
 
@@ -118,6 +118,30 @@ async def nftChange(reactor: Any) -> None:
         print(f"{'nftables: one change, growth 100 → 100,000':<58} {took[100_000] / took[100]:9.2f} times")
         for it in (writer, tool):
             await it.close()
+
+
+async def nftSources(reactor: Any) -> None:
+    """One change among so many frontends that are not for everybody, with two networks each, beside 10,000 others."""
+    for count in (100, 1000, 10_000):
+        await nftSourcesAt(reactor, count)
+
+
+async def nftSourcesAt(reactor: Any, count: int) -> None:
+    lead = Target("192.0.2.2", 30000)
+    keys = [key(f"203.0.{n // 250}.{n % 250 + 1}", 443) for n in range(count)]
+    rules = dict.fromkeys(keys, same(lead, ("10.0.0.0/8", "198.51.100.0/24")))
+    others = [same(lead, ("10.0.0.0/8", f"192.0.2.{n}/32")) for n in range(2)]
+    with namespaces("mine") as (mine,):
+        writer = nftWriter(reactor, mine)
+        await writer.replace(Ruleset({**many(10_000).rules, **rules}))
+        ofSources, ofOthers = await turns(
+            31,
+            lambda n: writer.apply(Delta({keys[count // 2]: others[n % 2]})),
+            lambda n: writer.apply(Delta({WHERE: one(n)})),
+        )
+        row(f"nftables: one change of sources, {count:,} restricted", ofSources)
+        row(f"nftables: one other change, {count:,} restricted", ofOthers)
+        await writer.close()
 
 
 async def nftFull(reactor: Any) -> None:
@@ -378,7 +402,8 @@ async def flows(reactor: Any) -> None:
 
 
 ROWS = {
-    "change": nftChange, "full": nftFull, "iptables": iptables, "connect": connect, "lateness": lateness, "flows": flows
+    "change": nftChange, "sources": nftSources, "full": nftFull, "iptables": iptables, "connect": connect,
+    "lateness": lateness, "flows": flows,
 }  # fmt: skip
 
 
