@@ -432,7 +432,7 @@ class LayoutTests(SynchronousTestCase):
         self.assertEqual([(it.destination, it.target) for it in content.filter[CLUSTER_IPS]], [("10.96.0.1", NO_PORT)])
         self.assertEqual(
             [(it.destination, it.target) for it in content.filter[REFUSE]],
-            [("10.96.0.0/16", CLUSTER_IPS), ("10.96.0.0/16", DROP), ("10.97.0.1", NO_PORT)],
+            [*(("10.96.0.0/16", target) for target in (CLUSTER_IPS, RETURN, DROP)), ("10.97.0.1", NO_PORT)],
         )
         self.assertEqual([(it.protocol, it.target) for it in content.filter[NO_PORT]], [("TCP", RESET), (None, REJECT)])
 

@@ -26,9 +26,9 @@ rules once for each of these networks.
 
 ``KPROXY-REFUSE`` has two parts. New rules of frontends are put at its head, since they come before the rest: each
 network of ClusterIPs leads to ``KPROXY-CLUSTER-IPS``, where each ClusterIP has one rule, and what comes back from there
-is dropped. So who sends to other addresses passes none of the ClusterIPs' rules. ClusterIPs outside of these networks
-(none may be known) have their rule in ``KPROXY-REFUSE`` itself. Each of these rules leads to ``KPROXY-NO-PORT``, which
-refuses.
+is dropped unless the node has that address. So who sends to other addresses passes none of the ClusterIPs' rules. Those
+outside of these networks (none may be known) have their rule in ``KPROXY-REFUSE`` itself. Each of these rules leads to
+``KPROXY-NO-PORT``, which refuses.
 
 ``KPROXY-INSIDERS`` is led to by nothing. Its rules' comments keep the pod networks, and whatever else a
 :class:`~twisted_kproxy.core.values.Locality` holds, for whoever reads the state back.
@@ -303,6 +303,8 @@ def serviceEntries(family: Family, place: Place) -> Iterator[Entry]:
     for cidr in place.services:
         comment, destination = sanitised(f"kproxy services {cidr}"), cidr.removesuffix(_WHOLE[family])
         yield Entry(family, comment, CLUSTER_IPS, destination=destination)
+        # Whoever gave it to the node knows why: a resolver for the node's pods has an address like that.
+        yield Entry(family, comment, RETURN, destination=destination, destinationLocal=True)
         yield Entry(family, comment, DROP, destination=destination)
 
 
@@ -367,7 +369,7 @@ def ownOf(family: Family, addresses: Iterable[str]) -> list[str]:
 
 def frontendOf(chain: str, entry: Entry) -> tuple[str, Protocol | None, int]:
     """What a rule is for. The order of rules matters among those for the same only, and see :func:`isOrdered`."""
-    isNodePort = entry.destinationLocal or chain in (NODEPORT_CONTAINER, NODEPORT_HOST)
+    isNodePort = chain in (NODEPORT_CONTAINER, NODEPORT_HOST) or (entry.destinationLocal and entry.protocol is not None)
     return "" if isNodePort else entry.destination, entry.protocol, entry.port
 
 
