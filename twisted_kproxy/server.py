@@ -12,7 +12,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 from twisted.application.service import MultiService
@@ -32,6 +33,7 @@ from .core.values import FAMILIES, PoolName
 from .explainer import Explainer
 from .interfaces import (
     IBalancingPolicy,
+    IChannel,
     IDataplane,
     ILoadBalancer,
     IPolicyMaker,
@@ -145,14 +147,7 @@ class ProxyServer(MultiService):
     # --- making
 
     def _makeSources(self) -> None:
-        config = self._config
-        channel = self.metrics.counting(self.cluster)
-        for options in config.sources:
-            maker = plugin.find(ISourceMaker, options.type)
-            source: ISource = maker.make(
-                self._reactor, options.name, options, channel,
-                nodeName=config.nodeName, proxyName=config.proxyName,
-            )
+        for source in makeSources(self._reactor, self._config, self.metrics.counting(self.cluster)):
             self.cluster.expect(source.name, source.kinds)
             self.sources.append(source)
         self.metrics.watchSources(lambda: self.sources)
@@ -201,13 +196,7 @@ class ProxyServer(MultiService):
         )
 
     async def _chooseWriter(self) -> IRuleWriter:
-        wanted = self._config.writer
-        names = AUTOMATIC_WRITERS if wanted == "auto" else (wanted,)
-        candidates = []
-        for name in names:
-            maker = plugin.find(IWriterMaker, name)
-            candidates.append((name, lambda maker=maker: maker.make(self._reactor)))
-        return await chooseWriter(candidates)
+        return await chooseWriter(writersOf(self._reactor, self._config))
 
     def _makeDataplane(self, writer: IRuleWriter) -> IDataplane:
         config, reactor = self._config, self._reactor
@@ -369,6 +358,26 @@ class ProxyServer(MultiService):
 
     def _alive(self) -> bool:
         return self.syncer is None or self.syncer.outFor < STUCK_SECONDS
+
+
+def makeSources(reactor: Any, config: Config, channel: IChannel) -> Iterator[ISource]:
+    """
+    What the configuration names, in order; none is running.
+
+    :raise KproxyError: where one cannot be made.
+    """
+    for options in config.sources:
+        maker = plugin.find(ISourceMaker, options.type)
+        source: ISource = maker.make(
+            reactor, options.name, options, channel, nodeName=config.nodeName, proxyName=config.proxyName
+        )
+        yield source
+
+
+def writersOf(reactor: Any, config: Config) -> list[tuple[str, Callable[[], IRuleWriter]]]:
+    """By name, what makes each of the rule writers that the configuration lets choose from."""
+    names = AUTOMATIC_WRITERS if config.writer == "auto" else (config.writer,)
+    return [(name, partial(plugin.find(IWriterMaker, name).make, reactor)) for name in names]
 
 
 def makeProxyServer(reactor: Any, config: Config, environ: Mapping[str, str] = os.environ) -> ProxyServer:
