@@ -63,7 +63,7 @@ class ExplainTests(TestCase):
             found = self.explain(to=f"{self.rig.address('n0', 4)}:30970", from_=self.rig.address(place, 4))
             self.assertEqual(found["answers"][0]["pool"], expected)
         left = self.explain(service="default/why:http")["servicePorts"][0]["pools"]["local"]["leftOut"]
-        self.assertEqual([it["why"] for it in left], ["not on this node, but on n1"])
+        self.assertIn("not on this node, but on n1", [it["why"] for it in left])
         [answer] = self.explain(to=f"{address}:81", from_=client)["answers"]
         self.assertEqual((answer["hit"], answer["verdict"]), ("no such port", "reject"))
 
