@@ -18,7 +18,7 @@ from .interfaces import IRuleWriter, ISource, KproxyError, NotAvailable
 from .netfilter.choose import chooseWriter
 from .netfilter.node import primaryAddress
 from .netfilter.planning import rendered
-from .planner import Planner, Report
+from .planner import Planner, PlanText
 from .redaction import redacted
 from .server import makeSources, writersOf
 from .userspace.redirect import planned, poolsOf, preferred
@@ -76,11 +76,11 @@ async def _plan(
         addressOf=lambda family: addresses[family],
         portRange=config.portRange,
     )
-    report = Report(planner.plan(cluster.current(), found), found, uncompared)
+    text = PlanText(planner.plan(cluster.current(), found), found, uncompared)
     lines = [f"Plan for node {config.nodeName}, mode {config.mode}, rules by {writer}"]
     if cluster.node is None and any(it.type == "api" for it in config.sources):
         lines.append(f"No source has a Node {config.nodeName}: no endpoint counts as local")
-    return [*lines, *report.lines(cluster.problems())]
+    return [*lines, *text.lines(cluster.problems())]
 
 
 async def _read(reactor: Any, cluster: Cluster, sources: list[ISource], seconds: float) -> None:

@@ -147,7 +147,7 @@ class _StandIns:
         return max(port, 1)
 
 
-class Report:
+class PlanText:
     """
     A plan as lines for people, in an order that only depends on what there is.
 

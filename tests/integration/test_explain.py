@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from typing import Any
 from unittest import SkipTest
 from urllib.parse import quote
@@ -70,18 +71,19 @@ class ExplainTests(TestCase):
     def test_plan(self) -> None:
         """Beside the daemon there is nothing to do; what somebody takes out of the kernel is shown, and only that."""
         it = self.world.make(
-            "planned", "p0a", type="NodePort", ports=[{"name": "http", "port": 80, "protocol": "TCP", "nodePort": 30971}],
+            "planned", "p0a", type="NodePort",
+            ports=[{"name": "http", "port": 80, "protocol": "TCP", "nodePort": 30971}],
         )
         address = it["spec"]["clusterIP"]
         lines = self.plan()
         self.assertEqual(lines[-1], "nothing to do", "\n".join(lines))
-        self.world.daemon.process.send_signal(19)  # SIGSTOP: it would mend the rules at once
+        self.world.daemon.process.send_signal(signal.SIGSTOP)  # it would mend the rules at once
         try:
             taken = f"delete element inet kproxy service-ips4 {{ {address} . tcp . 80 }}"
             self.rig.run("n0", ["nft", taken])
             lines = self.plan()
         finally:
-            self.world.daemon.process.send_signal(18)
+            self.world.daemon.process.send_signal(signal.SIGCONT)
         begins = next(n for n, line in enumerate(lines) if line.startswith("Different"))
         self.assertEqual(lines[begins], "Different in the kernel (1):")
         self.assertRegex(lines[begins + 1], rf"^  \+ {address}:80/TCP -> {self.rig.address('n0', 4)}:[0-9]+$")

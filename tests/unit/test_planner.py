@@ -11,7 +11,7 @@ from tests.builders import portName, serviceMap, servicePort
 from twisted_kproxy.core.rules import Delta, Guard, Rule, Ruleset, Target, applied
 from twisted_kproxy.core.values import Frontend, FrontendKey, Locality, Problem, ServiceMap
 from twisted_kproxy.netfilter.planning import rendered
-from twisted_kproxy.planner import Plan, Planner, Report
+from twisted_kproxy.planner import Plan, Planner, PlanText
 from twisted_kproxy.userspace.redirect import planned, poolsOf, preferred
 
 HERE = "192.0.2.7"
@@ -40,7 +40,7 @@ def planner(portRange: Any = None, **addresses: str | None) -> Planner:
 
 def compare(services: ServiceMap, found: Ruleset | None, *problems: Problem, **how: Any) -> list[str]:
     """The lines from the comparison on."""
-    lines = list(Report(planner(**how).plan(services, found), found).lines(problems))
+    lines = list(PlanText(planner(**how).plan(services, found), found).lines(problems))
     begins = next((n for n, line in enumerate(lines) if line.startswith("Different")), len(lines) - 1)
     return lines[begins:]
 
@@ -153,7 +153,7 @@ class ComparisonTests(SynchronousTestCase):
         ])
 
 
-class ReportTests(SynchronousTestCase):
+class TextTests(SynchronousTestCase):
     """The whole text."""
 
     def test_everything(self) -> None:
@@ -162,7 +162,7 @@ class ReportTests(SynchronousTestCase):
         sctp = servicePort(portName("sctp", protocol="SCTP"), frontends=[Frontend("ClusterIP", "10.96.0.11", 9)])
         plan = planner().plan(serviceMap(sctp, WEB), found)
         problems = [Problem("Service", "shop/b", "is bad"), Problem("Service", "shop/a", "is bad")]
-        self.assertEqual(list(Report(plan, found).lines(problems)), [
+        self.assertEqual(list(PlanText(plan, found).lines(problems)), [
             "Listeners (2):",
             "  shop/web:http/TCP/IPv4/cluster: port 41000, where the rules lead now; 2 endpoints",
             "  shop/web:http/TCP/IPv4/local: any free port; 1 endpoint",
@@ -199,10 +199,10 @@ class ReportTests(SynchronousTestCase):
         """Nothing found, and nothing that could be looked at."""
         plan = planner().plan(serviceMap(WEB), None)
         words = "The kernel has no rules of kproxy, or none that can be understood: all are written anew"
-        lines = list(Report(plan).lines())
+        lines = list(PlanText(plan).lines())
         self.assertIn(words, lines)
         self.assertEqual(lines[-1], "5 to add, 0 to change, 0 to remove")
-        lines = list(Report(plan, None, "no right").lines())
+        lines = list(PlanText(plan, None, "no right").lines())
         self.assertEqual(lines[-1], "Not compared with the kernel: no right")
         self.assertNotIn(words, lines)
 
