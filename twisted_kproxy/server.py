@@ -32,6 +32,7 @@ from .core.values import FAMILIES, PoolName
 from .interfaces import (
     IBalancingPolicy,
     IDataplane,
+    IEventRecorder,
     ILoadBalancer,
     IPolicyMaker,
     IProxier,
@@ -52,6 +53,7 @@ from .netfilter.node import primaryAddress
 from .netfilter.plane import RulePlane
 from .redaction import redactedValue
 from .report import Report
+from .sources.events import NoEvents
 from .syncer import Syncer
 from .systemd import Notifier
 from .userspace.dataplane import UserspaceDataplane
@@ -130,6 +132,7 @@ class ProxyServer(MultiService):
         makePolicy: Callable[[], IBalancingPolicy] = policy.make
         self.balancer = LoadBalancer(reactor, makePolicy)
         self.sources: list[ISource] = []
+        self.events: IEventRecorder = NoEvents()
         self.cluster = Cluster(config.nodeName, config.proxyName, nodeSettings(config))
         self.cluster.hostAddresses(filter(None, map(primaryAddress, FAMILIES)))
         self.cluster.nodeChanged = self.health.nodeChanged
