@@ -105,7 +105,7 @@ class ISource(IService):
 
 
 class IEventRecorder(Interface):
-    """Tells the cluster's operators of something, as an Event on an object of theirs (:command:`kubectl get events`)."""
+    """Tells the cluster's operators of something, as an Event about an object (:command:`kubectl get events`)."""
 
     def record(
         kind: str, namespace: str, name: str, uid: str, reason: str, action: str, note: str, warning: bool = False
