@@ -28,7 +28,7 @@ from .broadcast import Broadcast
 from .cluster import Cluster
 from .config import Config, effective, nodeSettings
 from .core.changes import Update
-from .core.values import FAMILIES, PoolName
+from .core.values import Family, PoolName
 from .interfaces import (
     IBalancingPolicy,
     IDataplane,
@@ -46,6 +46,7 @@ from .interfaces import (
     NotAvailable,
 )
 from .metrics import LoopLag, Metrics
+from .netfilter.addresswatch import AddressWatch
 from .netfilter.choose import chooseWriter, removeLeftovers
 from .netfilter.claim import NamespaceClaim
 from .netfilter.conntrack import Flows
@@ -132,9 +133,10 @@ class ProxyServer(MultiService):
         makePolicy: Callable[[], IBalancingPolicy] = policy.make
         self.balancer = LoadBalancer(reactor, makePolicy)
         self.sources: list[ISource] = []
-        self.events: IEventRecorder = NoEvents()
         self.cluster = Cluster(config.nodeName, config.proxyName, nodeSettings(config))
-        self.cluster.hostAddresses(filter(None, map(primaryAddress, FAMILIES)))
+        self.addresses = AddressWatch(reactor, self._addressesChanged)
+        self.addresses.setServiceParent(self)  # type: ignore[no-untyped-call]
+        self.cluster.hostAddresses(filter(None, self.addresses.addresses.values()))
         self.cluster.nodeChanged = self.health.nodeChanged
         self.cluster.nodesListed = self._nodesListed
         self._makeSources()
@@ -157,6 +159,10 @@ class ProxyServer(MultiService):
             )
             self.cluster.expect(source.name, source.kinds)
             self.sources.append(source)
+        #: of the first source that has somebody to tell
+        self.events: IEventRecorder = next(
+            (IEventRecorder(it) for it in self.sources if IEventRecorder.providedBy(it)), NoEvents()
+        )
         self.metrics.watchSources(lambda: self.sources)
         self.metrics.watchProblems(self.cluster.problems)
         self.metrics.watchRefused(self.cluster.refused)
@@ -272,6 +278,7 @@ class ProxyServer(MultiService):
             self.log.info("Stopping; open connections may go on for up to {seconds:g} s", seconds=seconds)
         self.notifier.stopping()
         self.health.stopping()
+        self.addresses.stopService()
         for source in self.sources:
             await maybeDeferred(source.disownServiceParent)
         if self._starting is not None:
@@ -326,6 +333,11 @@ class ProxyServer(MultiService):
 
     # --- what happens meanwhile
 
+    def _addressesChanged(self, addresses: Mapping[Family, str | None]) -> None:
+        self.cluster.hostAddresses(filter(None, addresses.values()))
+        if self.syncer is not None:
+            self.syncer.resync()
+
     def _changedOutside(self) -> None:
         if self.syncer is not None:
             self.syncer.resync()
@@ -341,6 +353,11 @@ class ProxyServer(MultiService):
         makers = [plugin.find(IWriterMaker, name) for name in plugin.names(IWriterMaker)]
         others = [(maker.name, lambda maker=maker: maker.make(self._reactor)) for maker in makers]
         self._leftovers = removeLeftovers(active, others)
+        node = self.cluster.node
+        self.events.record(
+            "Node", "", self._config.nodeName, (node.metadata.uid if node is not None else None) or "",
+            "Starting", "StartKproxy", f"kproxy {__version__} serves on this node",
+        )
 
     def _nodesListed(self, source: str) -> None:
         """An API server that does not know our node: a wrong name, most of all, and then nothing is local."""

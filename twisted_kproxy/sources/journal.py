@@ -35,6 +35,7 @@ class Journal:
         self.heard: float | None = None
         self.lastError = ""
         self._outSince: float | None = None
+        self._lacking = ""
         self._logged: dict[str, float] = {}
 
     def agreed(self) -> None:
@@ -79,6 +80,18 @@ class Journal:
         self.log.emit(
             level, "No agreement on {kind} for now: {error}", kind=self.kind, error=text, source=self._source
         )
+
+    def lacking(self, error: Exception) -> None:
+        """The server does not have what may be missing, or does not let us read it: told once, and no fault."""
+        text = self.lastError = str(error)
+        self.state = "not available"
+        self._outSince = None
+        if text != self._lacking:
+            self._lacking = text
+            self.log.info(
+                "There is no {kind} to be had, which does no harm; asking again now and then: {error}",
+                kind=self.kind, error=text, source=self._source,
+            )
 
     def rejected(self, key: str, reason: str) -> None:
         """An object cannot be read."""

@@ -25,7 +25,7 @@ from .contact import Outage
 from .journal import Journal
 from .knowledge import Knowledge
 from .lister import Lister
-from .routes import Routes
+from .routes import PROBE_EVERY, Routes
 from .store import Guard, earlier
 from .stream import Listing
 from .watcher import Watcher
@@ -361,11 +361,22 @@ class Reflector:
         self._journal.state = "waiting"
 
     async def _pause(self, error: Exception) -> None:
+        if self._routes.goesWithout(error):
+            self._journal.lacking(error)
+            await deferLater(self._clock, PROBE_EVERY * (1 + self._random() / 2))
+            return
         self._journal.counts["retries"] += 1
         self._journal.error(error)
         self._journal.state = "waiting"
         # A server that says how long to wait is not asked earlier.
         await deferLater(self._clock, max(self._backoff.next(), getattr(error, "postponed", None) or 0.0))
+
+    @property
+    def inUse(self) -> bool:
+        """Whether this is a kind that must be there, or is."""
+        if not self._routes.resource.optional:
+            return True
+        return self._journal.heard is not None and self._journal.state != "not available"
 
     def age(self) -> float | None:
         """

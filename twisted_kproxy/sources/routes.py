@@ -8,6 +8,7 @@ from twisted.logger import Logger
 from ..core.values import Kind
 from ..interfaces import KproxyError
 from .client import ApiClient, Resource
+from .errors import Denied
 
 #: Seconds after which a server that lacks the best API is asked for it again: it may have been upgraded.
 PROBE_EVERY = 600.0
@@ -44,6 +45,10 @@ class Routes:
     def kinds(self) -> set[Kind]:
         """Every kind that may come to be read."""
         return {it.kind for it in self._all}
+
+    def goesWithout(self, error: Exception) -> bool:
+        """Whether an error says that we are not given the resource, and that is as good as any other answer."""
+        return self.resource.optional and isinstance(error, Denied) and error.code in (403, 404)
 
     def works(self) -> None:
         """The resource is there."""
