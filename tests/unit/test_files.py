@@ -422,7 +422,7 @@ class FilesTests(FolderCase):
         self.start(a=service("web"))
         self.assertEqual(self.rig.words.said, [])
         self.rig.clock.pump([0.1] * 10)
-        self.assertEqual(len(self.rig.words.said), 4)
+        self.assertEqual(len(self.rig.words.said), len(self.rig.source.kinds))
 
     def test_manyFaults(self) -> None:
         """A folder full of faults does not fill the log."""

@@ -363,7 +363,8 @@ class Reflector:
     async def _pause(self, error: Exception) -> None:
         if self._routes.goesWithout(error):
             self._journal.lacking(error)
-            await deferLater(self._clock, PROBE_EVERY * (1 + self._random() / 2))
+            seconds = PROBE_EVERY * (1 + self._random() / 2) if self._routes.isSettled else self._backoff.next()
+            await deferLater(self._clock, seconds)
             return
         self._journal.counts["retries"] += 1
         self._journal.error(error)

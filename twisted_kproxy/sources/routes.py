@@ -30,6 +30,7 @@ class Routes:
         self._at = 0
         self._working = False
         self._missing = 0
+        self._denials = 0
         self._probedAt = 0.0
 
     @property
@@ -48,11 +49,18 @@ class Routes:
 
     def goesWithout(self, error: Exception) -> bool:
         """Whether an error says that we are not given the resource, and that is as good as any other answer."""
-        return self.resource.optional and isinstance(error, Denied) and error.code in (403, 404)
+        isSo = self.resource.optional and isinstance(error, Denied) and error.code in (403, 404)
+        self._denials += isSo
+        return isSo
+
+    @property
+    def isSettled(self) -> bool:
+        """Whether what was said about that will hold: a server that is just starting refuses who has the right."""
+        return self._denials > PATIENCE
 
     def works(self) -> None:
         """The resource is there."""
-        self._missing = 0
+        self._missing = self._denials = 0
         if not self._working:
             self._working = True
             self._probedAt = self._clock.seconds()
