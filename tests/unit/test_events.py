@@ -269,7 +269,7 @@ class TroubleTests(RecorderCase):
 
     def test_unavailable(self) -> None:
         """A server that fails is asked again, ever more slowly; what came is told when it is well."""
-        self.api.faults.add(resource="events", status=503, times=999)
+        self.api.faults.add(resource="events", status=503, times=0)
         self.record()
         self.pass_(60)
         self.assertTrue(3 <= self.asked() <= 8, self.asked())
@@ -289,7 +289,7 @@ class TroubleTests(RecorderCase):
 
     def test_patience(self) -> None:
         """An event that cannot be told is let go in the end; that time was not long enough for it to matter."""
-        self.api.faults.add(resource="events", status=503, times=999)
+        self.api.faults.add(resource="events", status=503, times=0)
         self.record()
         self.pass_(PATIENCE + 120, 5)
         asked = self.asked()
@@ -321,7 +321,7 @@ class TroubleTests(RecorderCase):
 
     def test_noSuchApi(self) -> None:
         """A server without such events costs one line."""
-        self.api.faults.add(resource="events", status=404, times=999)
+        self.api.faults.add(resource="events", status=404, times=0)
         for number in range(4):
             self.record(str(number))
         self.pass_(5)
