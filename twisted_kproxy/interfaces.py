@@ -93,7 +93,7 @@ class ISource(IService):
 
     def ages() -> Mapping[str, float | None]:
         """
-        For each kind, seconds since the source was last heard to be in agreement with what it was told of
+        For each of its kinds, and others that it reads where there are any, seconds since the source was last heard to be in agreement with what it was told of
         (``None``: never yet). Seconds are of the monotonic clock.
         """
 

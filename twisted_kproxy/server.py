@@ -6,12 +6,8 @@ sources → cluster → syncer → broadcast → metrics, load balancer, datapla
 
 from __future__ import annotations
 
-import atexit
 import gc
 import os
-import signal
-import sys
-import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -52,6 +48,7 @@ from .netfilter.claim import NamespaceClaim
 from .netfilter.conntrack import Flows
 from .netfilter.node import primaryAddress
 from .netfilter.plane import RulePlane
+from .process import catchSignals, exitStatus
 from .redaction import redactedValue
 from .report import Report
 from .sources.events import NoEvents
@@ -241,7 +238,7 @@ class ProxyServer(MultiService):
         self.log.info("kproxy {version} starts on node {node}", version=__version__, node=self._config.nodeName)
         for source in self.sources:
             source.setServiceParent(self)  # type: ignore[no-untyped-call]
-        self._reactor.callWhenRunning(self._catchSignals)
+        self._reactor.callWhenRunning(catchSignals, self._reactor, lambda: self._stopping, self.cut)
         self._starting = Deferred.fromCoroutine(self._start())
         self._starting.addErrback(self._giveUp)
 
@@ -302,25 +299,6 @@ class ProxyServer(MultiService):
             self.log.info("Cutting the connections that are still open")
             self.dataplane.stop(0).addErrback(lambda failure: self.log.failure("Cutting failed", failure))
 
-    def _catchSignals(self) -> None:
-        """The first SIGTERM or SIGINT stops the reactor, a second one cuts. Twisted itself knows only the first."""
-
-        def caught(number: int, frame: object) -> None:
-            self._reactor.callFromThread(self.cut if self._stopping else self._reactor.stop)
-
-        def ignored(number: int, frame: object) -> None:
-            self._reactor.callFromThread(
-                self.log.info, "{signal} is ignored; the configuration is read at the start only",
-                signal=signal.Signals(number).name,
-            )
-
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, caught)
-            # Left alone they would end the process without a word, and its rules would lead nowhere.
-            for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
-                signal.signal(number, ignored)
-
     def _giveUp(self, failure: Failure) -> None:
         if self._stopping:
             return
@@ -328,7 +306,7 @@ class ProxyServer(MultiService):
             self.log.critical("kproxy cannot run: {error}", error=failure.getErrorMessage())
         else:
             self.log.failure("kproxy cannot run", failure)
-        _exitStatus(1)
+        exitStatus(1)
         self._reactor.callWhenRunning(self._reactor.stop)
 
     # --- what happens meanwhile
@@ -416,17 +394,3 @@ def cleanup(reactor: Any) -> Deferred[list[str]]:
         could not be removed.
     """
     return Deferred.fromCoroutine(_cleanup(reactor))
-
-
-def _exitStatus(status: int) -> None:
-    """
-    Let the process end with that status. twistd has no means to say so, and exceptions in shutdown triggers are only
-    logged; what is registered last with atexit runs first, so output that others flush there is flushed here.
-    """
-
-    def leave() -> None:
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-        os._exit(status)
-
-    atexit.register(leave)
