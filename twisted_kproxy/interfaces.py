@@ -93,8 +93,8 @@ class ISource(IService):
 
     def ages() -> Mapping[str, float | None]:
         """
-        For each of its kinds, and others that it reads where there are any, seconds since the source was last heard to be in agreement with what it was told of
-        (``None``: never yet). Seconds are of the monotonic clock.
+        For each of its kinds, and others that it reads where there are any, seconds since the source was last heard to
+        be in agreement with what it was told of (``None``: never yet). Seconds are of the monotonic clock.
         """
 
     def status() -> Mapping[str, Any]:

@@ -375,9 +375,7 @@ class Reflector:
     @property
     def inUse(self) -> bool:
         """Whether this is a kind that must be there, or is."""
-        if not self._routes.resource.optional:
-            return True
-        return self._journal.heard is not None and self._journal.state != "not available"
+        return not self._routes.resource.optional or (self._journal.heard is not None and not self._journal.missing)
 
     def age(self) -> float | None:
         """
