@@ -331,9 +331,10 @@ class ProxyServer(MultiService):
         makers = [plugin.find(IWriterMaker, name) for name in plugin.names(IWriterMaker)]
         others = [(maker.name, lambda maker=maker: maker.make(self._reactor)) for maker in makers]
         self._leftovers = removeLeftovers(active, others)
-        node = self.cluster.node
+        node, name = self.cluster.node, self._config.nodeName
         self.events.record(
-            "Node", "", self._config.nodeName, (node.metadata.uid if node is not None else None) or "",
+            # kubectl looks for events of a Node by its name in the place of its uid, too
+            "Node", "", name, (node.metadata.uid if node is not None else None) or name,
             "Starting", "StartKproxy", f"kproxy {__version__} serves on this node",
         )
 
