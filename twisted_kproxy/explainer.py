@@ -259,7 +259,7 @@ class _Facts:
     ) -> None:
         self.pending = pending
         self.problems = list(problems)
-        quarantined = dataplane.get("rules", {}).get("quarantined", {})
+        quarantined = dataplane.get("rules", dataplane).get("quarantined", {})
         self.faults: dict[str, str] = {
             **quarantined, **dataplane.get("pending", {}), **dataplane.get("refused", {}),
         }

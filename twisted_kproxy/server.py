@@ -6,13 +6,10 @@ sources → cluster → syncer → broadcast → metrics, load balancer, datapla
 
 from __future__ import annotations
 
-import atexit
 import gc
 import os
-import signal
-import sys
-import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 from twisted.application.service import MultiService
@@ -28,11 +25,13 @@ from .broadcast import Broadcast
 from .cluster import Cluster
 from .config import Config, effective, nodeSettings
 from .core.changes import Update
-from .core.values import FAMILIES, PoolName
+from .core.values import Family, PoolName
 from .explainer import Explainer
 from .interfaces import (
     IBalancingPolicy,
+    IChannel,
     IDataplane,
+    IEventRecorder,
     ILoadBalancer,
     IPolicyMaker,
     IProxier,
@@ -46,13 +45,16 @@ from .interfaces import (
     NotAvailable,
 )
 from .metrics import LoopLag, Metrics
+from .netfilter.addresswatch import AddressWatch
 from .netfilter.choose import chooseWriter, removeLeftovers
 from .netfilter.claim import NamespaceClaim
 from .netfilter.conntrack import Flows
 from .netfilter.node import ownAddresses, primaryAddress, sourceTowards
 from .netfilter.plane import RulePlane
+from .process import catchSignals, exitStatus
 from .redaction import redactedValue
 from .report import Report
+from .sources.events import NoEvents
 from .syncer import Syncer
 from .systemd import Notifier
 from .userspace.dataplane import UserspaceDataplane
@@ -132,7 +134,9 @@ class ProxyServer(MultiService):
         self.balancer = LoadBalancer(reactor, makePolicy)
         self.sources: list[ISource] = []
         self.cluster = Cluster(config.nodeName, config.proxyName, nodeSettings(config))
-        self.cluster.hostAddresses(filter(None, map(primaryAddress, FAMILIES)))
+        self.addresses = AddressWatch(reactor, self._addressesChanged)
+        self.addresses.setServiceParent(self)  # type: ignore[no-untyped-call]
+        self.cluster.hostAddresses(filter(None, self.addresses.addresses.values()))
         self.cluster.nodeChanged = self.health.nodeChanged
         self.cluster.nodesListed = self._nodesListed
         self._makeSources()
@@ -145,16 +149,13 @@ class ProxyServer(MultiService):
     # --- making
 
     def _makeSources(self) -> None:
-        config = self._config
-        channel = self.metrics.counting(self.cluster)
-        for options in config.sources:
-            maker = plugin.find(ISourceMaker, options.type)
-            source: ISource = maker.make(
-                self._reactor, options.name, options, channel,
-                nodeName=config.nodeName, proxyName=config.proxyName,
-            )
+        for source in makeSources(self._reactor, self._config, self.metrics.counting(self.cluster)):
             self.cluster.expect(source.name, source.kinds)
             self.sources.append(source)
+        #: of the first source that has somebody to tell
+        self.events: IEventRecorder = next(
+            (IEventRecorder(it) for it in self.sources if IEventRecorder.providedBy(it)), NoEvents()
+        )
         self.metrics.watchSources(lambda: self.sources)
         self.metrics.watchProblems(self.cluster.problems)
         self.metrics.watchRefused(self.cluster.refused)
@@ -201,13 +202,7 @@ class ProxyServer(MultiService):
         )
 
     async def _chooseWriter(self) -> IRuleWriter:
-        wanted = self._config.writer
-        names = AUTOMATIC_WRITERS if wanted == "auto" else (wanted,)
-        candidates = []
-        for name in names:
-            maker = plugin.find(IWriterMaker, name)
-            candidates.append((name, lambda maker=maker: maker.make(self._reactor)))
-        return await chooseWriter(candidates)
+        return await chooseWriter(writersOf(self._reactor, self._config))
 
     def _makeDataplane(self, writer: IRuleWriter) -> IDataplane:
         config, reactor = self._config, self._reactor
@@ -249,7 +244,7 @@ class ProxyServer(MultiService):
         self.log.info("kproxy {version} starts on node {node}", version=__version__, node=self._config.nodeName)
         for source in self.sources:
             source.setServiceParent(self)  # type: ignore[no-untyped-call]
-        self._reactor.callWhenRunning(self._catchSignals)
+        self._reactor.callWhenRunning(catchSignals, self._reactor, lambda: self._stopping, self.cut)
         self._starting = Deferred.fromCoroutine(self._start())
         self._starting.addErrback(self._giveUp)
 
@@ -286,6 +281,7 @@ class ProxyServer(MultiService):
             self.log.info("Stopping; open connections may go on for up to {seconds:g} s", seconds=seconds)
         self.notifier.stopping()
         self.health.stopping()
+        self.addresses.stopService()
         for source in self.sources:
             await maybeDeferred(source.disownServiceParent)
         if self._starting is not None:
@@ -309,25 +305,6 @@ class ProxyServer(MultiService):
             self.log.info("Cutting the connections that are still open")
             self.dataplane.stop(0).addErrback(lambda failure: self.log.failure("Cutting failed", failure))
 
-    def _catchSignals(self) -> None:
-        """The first SIGTERM or SIGINT stops the reactor, a second one cuts. Twisted itself knows only the first."""
-
-        def caught(number: int, frame: object) -> None:
-            self._reactor.callFromThread(self.cut if self._stopping else self._reactor.stop)
-
-        def ignored(number: int, frame: object) -> None:
-            self._reactor.callFromThread(
-                self.log.info, "{signal} is ignored; the configuration is read at the start only",
-                signal=signal.Signals(number).name,
-            )
-
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, caught)
-            # Left alone they would end the process without a word, and its rules would lead nowhere.
-            for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
-                signal.signal(number, ignored)
-
     def _giveUp(self, failure: Failure) -> None:
         if self._stopping:
             return
@@ -335,10 +312,15 @@ class ProxyServer(MultiService):
             self.log.critical("kproxy cannot run: {error}", error=failure.getErrorMessage())
         else:
             self.log.failure("kproxy cannot run", failure)
-        _exitStatus(1)
+        exitStatus(1)
         self._reactor.callWhenRunning(self._reactor.stop)
 
     # --- what happens meanwhile
+
+    def _addressesChanged(self, addresses: Mapping[Family, str | None]) -> None:
+        self.cluster.hostAddresses(filter(None, addresses.values()))
+        if self.syncer is not None:
+            self.syncer.resync()
 
     def _changedOutside(self) -> None:
         if self.syncer is not None:
@@ -355,6 +337,12 @@ class ProxyServer(MultiService):
         makers = [plugin.find(IWriterMaker, name) for name in plugin.names(IWriterMaker)]
         others = [(maker.name, lambda maker=maker: maker.make(self._reactor)) for maker in makers]
         self._leftovers = removeLeftovers(active, others)
+        node, name = self.cluster.node, self._config.nodeName
+        self.events.record(
+            # kubectl looks for events of a Node by its name in the place of its uid, too
+            "Node", "", name, (node.metadata.uid if node is not None else None) or name,
+            "Starting", "StartKproxy", f"kproxy {__version__} serves on this node",
+        )
 
     def _nodesListed(self, source: str) -> None:
         """An API server that does not know our node: a wrong name, most of all, and then nothing is local."""
@@ -369,6 +357,26 @@ class ProxyServer(MultiService):
 
     def _alive(self) -> bool:
         return self.syncer is None or self.syncer.outFor < STUCK_SECONDS
+
+
+def makeSources(reactor: Any, config: Config, channel: IChannel) -> Iterator[ISource]:
+    """
+    What the configuration names, in order; none is running.
+
+    :raise KproxyError: where one cannot be made.
+    """
+    for options in config.sources:
+        maker = plugin.find(ISourceMaker, options.type)
+        source: ISource = maker.make(
+            reactor, options.name, options, channel, nodeName=config.nodeName, proxyName=config.proxyName
+        )
+        yield source
+
+
+def writersOf(reactor: Any, config: Config) -> list[tuple[str, Callable[[], IRuleWriter]]]:
+    """By name, what makes each of the rule writers that the configuration lets choose from."""
+    names = AUTOMATIC_WRITERS if config.writer == "auto" else (config.writer,)
+    return [(name, partial(plugin.find(IWriterMaker, name).make, reactor)) for name in names]
 
 
 def makeProxyServer(reactor: Any, config: Config, environ: Mapping[str, str] = os.environ) -> ProxyServer:
@@ -413,17 +421,3 @@ def cleanup(reactor: Any) -> Deferred[list[str]]:
         could not be removed.
     """
     return Deferred.fromCoroutine(_cleanup(reactor))
-
-
-def _exitStatus(status: int) -> None:
-    """
-    Let the process end with that status. twistd has no means to say so, and exceptions in shutdown triggers are only
-    logged; what is registered last with atexit runs first, so output that others flush there is flushed here.
-    """
-
-    def leave() -> None:
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-        os._exit(status)
-
-    atexit.register(leave)

@@ -172,21 +172,27 @@ class SliceTests(SynchronousTestCase):
         ))
         self.assertEqual(said(found), [
             "127.0.0.1 is a loopback address", "169.254.169.254 is a link-local address",
-            "10.0.0.1 is an IPv4-mapped address", "'nonsense' is not an IP address", "it has no address",
+            "::ffff:10.0.0.1 is an IPv4-mapped address", "'nonsense' is not an IP address", "it has no address",
         ])
         self.assertEqual([it.address for it in found.fates][3:], ["nonsense", "(none)"])
 
     def test_duplicate(self) -> None:
-        """Of duplicates it is said which slice counts: the later one, unless it is terminating."""
+        """Of duplicates it is said which slice counts, and why."""
         found = ask(
-            slice_(member("10.0.0.1"), member("10.0.0.2"), member("10.0.0.3", **LEAVING), name="a"),
-            slice_(member("10.0.0.1"), member("10.0.0.2", **LEAVING), member("10.0.0.3", **GONE), name="b"),
+            slice_(member("10.0.0.1"), member("10.0.0.2"), member("10.0.0.3", **UNREADY), name="a"),
+            slice_(member("10.0.0.1"), member("10.0.0.2", **LEAVING), member("10.0.0.3", **READY), name="b"),
         )
         self.assertEqual(said(found), [
-            "a duplicate: that of shop/b counts, since it comes later", "yes", "terminating, while others are ready",
-            "yes", "a duplicate: that of shop/a counts, since this one is terminating",
-            "a duplicate: that of shop/a counts, since this one is terminating",
+            "yes", "yes", "a duplicate: that of shop/b counts, since this one is not ready",
+            "a duplicate: that of shop/a counts, since it says the same and comes first",
+            "a duplicate: that of shop/a counts, since this one is terminating", "yes",
         ])
+
+    def test_duplicateHere(self) -> None:
+        """One that is said to be on this node goes before its twin elsewhere."""
+        there, here = (slice_(member("10.0.0.1", nodeName=it), name=f"on-{it}") for it in ("n1", "n0"))
+        found = ask(there, here)
+        self.assertEqual(said(found)[1], "a duplicate: that of shop/on-n0 counts, since this one is not on this node")
 
     def test_slicesInAnyOrder(self) -> None:
         """The answer does not depend on the order in which slices came."""

@@ -233,8 +233,8 @@ class ExplainTests(SynchronousTestCase):
         for source, to, words in (
             (POD, "10.96.0.10:80", "kept"),
             (OUTSIDE, "10.96.0.10:80", "endpoints see an address of this node: the client is no pod"),
-            (POD, "198.51.100.1:80",
-             "endpoints see an address of this node: the traffic policy is Cluster, so that the endpoint may be elsewhere"),
+            (POD, "198.51.100.1:80", "endpoints see an address of this node: "
+             "the traffic policy is Cluster, so that the endpoint may be elsewhere"),
             ("10.244.0.9", "10.96.0.10:80", "kept; where the client is led to itself (10.244.0.9:8080) it sees an "
              "address of this node"),
         ):
@@ -278,7 +278,7 @@ class ExplainTests(SynchronousTestCase):
             ("shop/none", "no source has it"),
             ("shop/head", "it is headless: without a ClusterIP there is nothing to serve"),
             ("shop/ext", "its type is ExternalName, which is a matter of DNS"),
-            ("shop/other", "its label service.kubernetes.io/service-proxy-name says 'cilium', proxy-name of this one ''"),
+            ("shop/other", f"its label {wire.PROXY_NAME_LABEL} says 'cilium', proxy-name of this one ''"),
             ("shop/void", "nothing of it can be served"),
             ("shop/web:https", "it has no such port; it has http/TCP/IPv4"),
         ):

@@ -61,8 +61,7 @@ def gather(
     seen: list[Seen] | None = None,
 ) -> dict[str, Candidate]:
     """
-    Every endpoint of one service port, once. Of duplicates the later one (in the order of ``slices``) counts, unless
-    it is terminating: a running pod beats a terminating one that had the same address.
+    Every endpoint of one service port, once: of duplicates the one that :func:`ranks <rank>` highest.
 
     :param slices: of the Service, :func:`ordered`.
     :param name: of the service port.
@@ -111,8 +110,33 @@ def _take(
             continue
         if seen is not None:
             seen.append(Seen(it, member, candidate))
-        if candidate.key not in found or not candidate.terminating:
+        twin = found.get(candidate.key)
+        if twin is None or rank(twin) < rank(candidate):
             found[candidate.key] = candidate
+
+
+def rank(it: Candidate) -> tuple[object, ...]:
+    """
+    Of two with the same address and port, the one that ranks higher counts: a running pod beats a terminating one that
+    had the same address, and a ready one beats one that is not, whatever their order.
+    """
+    return not it.terminating, it.ready, it.serving, it.isLocal, sorted(it.zones), sorted(it.nodes)
+
+
+#: what the loser of two is told, by the first part of :func:`rank` in which they differ
+OUTRANKED = (
+    "this one is terminating",
+    "this one is not ready",
+    "this one is not serving",
+    "this one is not on this node",
+    "their hints differ",
+    "their hints differ",
+)
+
+
+def article(word: str) -> str:
+    """That goes before one of the words about addresses."""
+    return "an" if word[0] in "Iu" else "a"
 
 
 def judged(member: wire.SliceEndpoint, port: int, family: Family, node: NodeFacts) -> Candidate | Unfit:
@@ -125,8 +149,9 @@ def judged(member: wire.SliceEndpoint, port: int, family: Family, node: NodeFact
         return Unfit(str(error), f"endpoint: {error}")
     kind = unusable(address) or ("IPv4-mapped" if isMapped(member.addresses[0]) else None)
     if kind:
-        why = f"is an {kind} address" if kind[0] in "IU" else f"is a {kind} address"
-        return Unfit(f"{address} {why}", f"endpoint {address} {why}; it is not used", address)
+        shown = address if kind != "IPv4-mapped" else member.addresses[0]
+        why = f"{shown} is {article(kind)} {kind} address"
+        return Unfit(why, f"endpoint {why}; it is not used", address)
     if actual != family:
         why = f"is not an {family} address"
         return Unfit(f"{address} {why}", f"endpoint {address} {why}; it is not used")

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from msgspec import Struct
 
 from . import wire
-from .candidates import Seen, gather, ordered
+from .candidates import OUTRANKED, Seen, gather, ordered, rank
 from .topology import Candidate, NodeFacts, Sifted, Stage, endpointsOf, sift
 from .values import Endpoint, PoolKind, ServicePortName
 
@@ -106,7 +106,7 @@ class _Judge:
             reasons: dict[PoolKind, str] = dict.fromkeys(_KINDS, candidate)
         else:
             endpoint, node = Endpoint(candidate.address, candidate.port, candidate.isLocal), candidate.nodeName
-            address, reasons = candidate.key, self._reasons(candidate, number)
+            address, reasons = candidate.key, self._reasons(candidate)
         return Fate(
             slice=wire.keyOf(it.slice.metadata),
             address=address,
@@ -118,12 +118,14 @@ class _Judge:
             reasons=reasons,
         )
 
-    def _reasons(self, candidate: Candidate, number: int) -> dict[PoolKind, str]:
+    def _reasons(self, candidate: Candidate) -> dict[PoolKind, str]:
         counts = self._found[candidate.key]
         if counts is not candidate:
             place = self._places[id(counts)]
             where = wire.keyOf(self._seen[place].slice.metadata)
-            why = "it comes later" if place > number else "this one is terminating"
+            better = zip(rank(counts), rank(candidate), strict=True)
+            differs = next((part for part, (one, other) in enumerate(better) if one != other), None)
+            why = OUTRANKED[differs] if differs is not None else "it says the same and comes first"
             return dict.fromkeys(_KINDS, f"a duplicate: that of {where} counts, since {why}")
         reasons: dict[PoolKind, str] = {}
         for kind, steps in self._steps.items():

@@ -12,7 +12,7 @@ from msgspec import Struct
 
 from . import wire
 from .addresses import BadAddress, canonical, contains, familyOf, joined, network, unusable
-from .candidates import gather, ordered
+from .candidates import article, gather, ordered
 from .topology import NodeFacts, categorize
 from .values import FAMILIES, Family, Frontend, FrontendKind, PoolKind, Problem, Protocol, ServicePort, ServicePortName
 
@@ -259,7 +259,7 @@ class _Resolver:
         """Why nobody may be led away from an address, ``None`` where it may be served (CVE-2020-8554)."""
         why = unusable(address)
         if why:
-            return f"is a {why} address"
+            return f"is {article(why)} {why} address"
         if kind == "ClusterIP":
             # All of such an address is taken, not only the ports of the Service.
             return "is an address of this node" if address in self.node.addresses else None

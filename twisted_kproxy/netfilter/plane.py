@@ -11,7 +11,7 @@ from twisted.logger import Logger
 from zope.interface import implementer
 
 from ..core.changes import Update
-from ..core.rules import Delta, Guard, Rule, Ruleset, Target
+from ..core.rules import Delta, Guard, Rule, Ruleset, Target, portInForce
 from ..core.values import FrontendKey, Locality, ServiceMap, ServicePort, ServicePortName
 from ..interfaces import IRulePlane, IRuleWriter, RulesNotJudged, RulesRejected
 from .isolate import Isolation, Unit
@@ -171,14 +171,7 @@ class RulePlane:
     # --- IRulePlane ---
 
     def targetInForce(self, key: FrontendKey) -> int | None:
-        """Where insiders and outsiders are led to two ports, that of the outsiders counts."""
-        rule = self._rules.get(key)
-        if rule is None:
-            return None
-        for verdict in (rule.outside, rule.inside):
-            if isinstance(verdict, Target):
-                return verdict.port
-        return None
+        return portInForce(self._rules.get(key))
 
     # --- inside ---
 

@@ -9,9 +9,9 @@ from typing import Protocol, TypeVar
 from twisted.internet.defer import Deferred
 
 from ..core.rules import Delta, Guard, Rule, Ruleset, Target
-from ..core.values import FrontendKey, Locality, ServicePortName
-from .ruleset import Fragment, Held
-from .slices import Slices
+from ..core.values import FrontendKey, Locality, ServiceMap, ServicePortName
+from .ruleset import CannotRender, Fragment, Held, fragment
+from .slices import Slices, finish
 
 _K = TypeVar("_K")
 _V = TypeVar("_V")
@@ -51,10 +51,10 @@ def joining(
     for name in yielding:
         if name in fragments:
             rules.update(fragments[name].rules)
-    for name, fragment in fragments.items():
+    for name, it in fragments.items():
         if name not in yielding:
-            rules.update(fragment.rules)
-        held.update(fragment.held)
+            rules.update(it.rules)
+        held.update(it.held)
         yield
     return rules, held
 
@@ -63,6 +63,19 @@ def rulesetOf(rules: Mapping[FrontendKey, Rule], held: Iterable[Held], locality:
     """What is desired, of rules and what service ports hold."""
     guards, clusterIPs = _apart(held)
     return Ruleset(rules, guards, clusterIPs, locality)
+
+
+def rendered(services: ServiceMap) -> tuple[Ruleset, dict[ServicePortName, str]]:
+    """The rules of a whole map at once, and why those of some service ports cannot be made."""
+    fragments: dict[ServicePortName, Fragment] = {}
+    refused: dict[ServicePortName, str] = {}
+    for name, port in services.items():
+        try:
+            fragments[name] = fragment(port)
+        except CannotRender as error:
+            refused[name] = str(error)
+    rules, held = finish(joining(fragments, ()))
+    return rulesetOf(rules, held, services.locality), refused
 
 
 def deltaOf(
