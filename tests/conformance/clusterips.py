@@ -6,7 +6,6 @@ from typing import Any
 
 from .site import CLUSTER_CIDR, PORT, UDP, UDP_SLICE, Site, Table, port
 
-
 table = Table("ClusterIPs")
 case = table.case
 

@@ -103,6 +103,21 @@ table.shown(
     why="kube-proxy ends when its Node is gone or another, and waits for it at the start for up to five minutes.",
 )
 table.shown(
+    "service-cidrs",
+    "ServiceCIDR objects are followed, where the API server has them",
+    "KEP-1880",
+    "integration.test_kubectl.test_serviceCidrs",
+    "unit.test_cluster.test_everyKindOfEverySource",
+)
+table.shown(
+    "node-address",
+    "Another address of the node is followed at once",
+    "kubernetes node.go",
+    "integration.test_addresses.test_otherAddress",
+    "integration.test_addresses.test_familyComesLater",
+    why="kube-proxy ends, and is started again.",
+)
+table.shown(
     "bad-object",
     "An object that cannot be read costs only itself; its last good version stays",
     "API validation",
@@ -141,6 +156,28 @@ table.shown(
     "Rights at the API server: those of system:node-proxier",
     "kubernetes RBAC",
     "unit.test_tap.test_accessRights",
+)
+table.shown(
+    "events",
+    "Events about the Node and about Services, written to the API server",
+    "kubernetes cmd/kube-proxy, healthcheck/service_health.go",
+    "integration.test_kubectl.test_events",
+    "unit.test_events.test_service",
+    "unit.test_events.test_node",
+)
+table.shown(
+    "explain",
+    "Which endpoints a request may go to, and why not to the others: /explain",
+    "kubernetes#74677",
+    "integration.test_explain.test_explain",
+    "unit.test_explainer.test_insideAndOutside",
+    why="kube-proxy has nothing of the kind.",
+)
+table.leftOut(
+    "primary-family",
+    "A primary family",
+    "kubernetes server.go",
+    "both are served alike; a family that the node has no address of waits for one",
 )
 table.leftOut(
     "config-watch",

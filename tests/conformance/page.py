@@ -14,12 +14,12 @@ Conformance
 
 """
 ABOUT = (
-    "What a service proxy of Kubernetes has to do, rule by rule, and what kproxy does. The rules are those of kube-proxy"
-    " and of the KEPs and files that are named. Of {rules} rules {works} hold, {differs} hold with a difference that is"
-    " told, and {out} are left out for a reason.",
-    "*Packets*: so many connections are traced through the rules as each writer ({writers}) writes them, {flows} in all;"
-    " where there is a *k*, some of them are also made through the real kernel, with each writer. Rules without a number"
-    " are shown by other tests.",
+    "What a service proxy of Kubernetes has to do, rule by rule, and what kproxy does. The rules are those of"
+    " kube-proxy and of the KEPs and files that are named. Of {rules} rules {works} hold, {differs} hold with a"
+    " difference that is told, and {out} are left out for a reason.",
+    "*Packets*: so many connections are traced through the rules as each writer ({writers}) writes them, {flows} in"
+    " all; where there is a *k*, some of them are also made through the real kernel, with each writer. Rules without a"
+    " number are shown by other tests.",
 )
 
 

@@ -131,7 +131,7 @@ def _(s: Site) -> None:
     "refused-endpoints",
     "Endpoints at loopback, link-local or multicast addresses are not dialled",
     "kubernetes API validation",
-    why="They come from hand-made slices only; kube-proxy dials them.",
+    why="The API server admits none; files may hold them.",
 )
 def _(s: Site) -> None:
     s.service()

@@ -113,8 +113,8 @@ class NftTests(SynchronousTestCase):
             "meta mark & 0x2000 != 0x2000", "counter",
         )  # fmt: skip
         fails = (
-            "ct state established", "ct status dnat", 'iifname "lo"', "meta nfproto ipv6", "udp dport 80", "th dport 81",
-            "ip6 saddr ::/0", "ip saddr @some", "ip daddr . meta l4proto . th dport . ip saddr != @pairs",
+            "ct state established", "ct status dnat", 'iifname "lo"', "meta nfproto ipv6", "udp dport 80",
+            "th dport 81", "ip6 saddr ::/0", "ip saddr @some", "ip daddr . meta l4proto . th dport . ip saddr != @pairs",
             "fib daddr type local", "meta mark & 0x2000 == 0x2000", "meta l4proto { udp, sctp }",
         )  # fmt: skip
         for rule in holds:
@@ -175,8 +175,8 @@ class IptablesTests(SynchronousTestCase):
             "-m mark ! --mark 0x2000/0x2000",
         )  # fmt: skip
         fails = (
-            "-s 10.0.0.0/8", "-p udp", "-p tcp -m tcp --dport 80", "! -i eth+", "-i eth", "-m addrtype --dst-type LOCAL",
-            "-m addrtype --src-type LOCAL", "-m conntrack --ctstate ESTABLISHED", "-m mark --mark 0x2000/0x2000",
+            "-s 10.0.0.0/8", "-p udp", "-p tcp -m tcp --dport 80", "! -i eth+", "-i eth",
+            "-m addrtype --dst-type LOCAL", "-m addrtype --src-type LOCAL", "-m conntrack --ctstate ESTABLISHED", "-m mark --mark 0x2000/0x2000",
         )  # fmt: skip
         for rule in holds:
             self.assertEqual(self.verdict(f"{rule} -j DROP"), "drop", rule)
