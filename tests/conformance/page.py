@@ -57,14 +57,14 @@ def _row(name: str, group: list[Row]) -> str:
     row = group[0]
     flows = sum(len(it.flows) for it in group)
     packets = f"{flows}{' k' if row.kernel else ''}" if flows else ""
-    why = row.why and row.why[0].upper() + row.why[1:].rstrip(".") + "."
+    why = row.why.rstrip(".")
     keys = ", ".join(f"``{it}``" for it in row.keys)
     if row.verdict == "left out":
-        said = f"*Left out.* {why}"
+        said = f"*left out*: {why}"
     elif keys or not row.rule:
-        said = f"{keys}. {why}" if keys and why else keys or why
+        said = f"{keys}; {why}" if keys and why else keys or why
     else:
-        said = f"yes. {why}" if why else "yes"
+        said = f"*differs*: {why}" if why else "yes"
     source = f" (*{row.rule}*)" if row.rule else ""
     return "".join(
         f"   {mark} - {cell}".rstrip() + "\n"

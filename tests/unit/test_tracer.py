@@ -114,8 +114,8 @@ class NftTests(SynchronousTestCase):
         )  # fmt: skip
         fails = (
             "ct state established", "ct status dnat", 'iifname "lo"', "meta nfproto ipv6", "udp dport 80",
-            "th dport 81", "ip6 saddr ::/0", "ip saddr @some", "ip daddr . meta l4proto . th dport . ip saddr != @pairs",
-            "fib daddr type local", "meta mark & 0x2000 == 0x2000", "meta l4proto { udp, sctp }",
+            "th dport 81", "ip6 saddr ::/0", "ip saddr @some",
+            "ip daddr . meta l4proto . th dport . ip saddr != @pairs", "fib daddr type local", "meta mark & 0x2000 == 0x2000", "meta l4proto { udp, sctp }",
         )  # fmt: skip
         for rule in holds:
             self.assertEqual(self.verdict(f"{rule} drop"), "drop", rule)
@@ -176,7 +176,8 @@ class IptablesTests(SynchronousTestCase):
         )  # fmt: skip
         fails = (
             "-s 10.0.0.0/8", "-p udp", "-p tcp -m tcp --dport 80", "! -i eth+", "-i eth",
-            "-m addrtype --dst-type LOCAL", "-m addrtype --src-type LOCAL", "-m conntrack --ctstate ESTABLISHED", "-m mark --mark 0x2000/0x2000",
+            "-m addrtype --dst-type LOCAL",
+            "-m addrtype --src-type LOCAL", "-m conntrack --ctstate ESTABLISHED", "-m mark --mark 0x2000/0x2000",
         )  # fmt: skip
         for rule in holds:
             self.assertEqual(self.verdict(f"{rule} -j DROP"), "drop", rule)
