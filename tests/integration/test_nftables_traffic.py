@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import socket
 import threading
 import time
@@ -48,6 +49,7 @@ class TrafficTests(TestCase):
         self.servers = EchoServers(lambda family, kind: self.rig.socketIn("n0", family, kind))
         self.addCleanup(self.servers.close)
         self.held: list[socket.socket] = []
+        self.fresh = itertools.count(20000)
         self.ports: dict[tuple[Family, Protocol, str], int] = {}
         for family, protocol in EVERY:
             for name in ("cluster", "local"):
@@ -92,7 +94,10 @@ class TrafficTests(TestCase):
                 yield family, protocol, LOOPBACK[family], 30080, external
 
     def ask(self, client: str, family: Family, protocol: Protocol, address: str, port: int, timeout: float = 3) -> str:
-        return ask(self.rig.socketIn(client, SOCKETS[family], KINDS[protocol]), address, port, timeout)
+        it = self.rig.socketIn(client, SOCKETS[family], KINDS[protocol])
+        if protocol == "UDP":  # with the port of an earlier one it would belong to that flow, and go where that went
+            it.bind(("", next(self.fresh)))
+        return ask(it, address, port, timeout)
 
     def askAll(self, client: str, timeout: float = 3) -> dict[str, str]:
         return {
