@@ -161,12 +161,12 @@ def _(s: Site) -> None:
 
 @case(
     "source-ranges-unreadable",
-    "Where not one range can be read, nobody is let in",
+    "Where not one range of a family can be read, nobody of it is let in",
     "fails closed",
     why="The API server admits no such Service; kube-proxy would let everybody in.",
 )
 def _(s: Site) -> None:
-    s.service(ingress=[{"ip": s.lb}], loadBalancerSourceRanges=["10.0.0.0/33"])
+    s.service(ingress=[{"ip": s.lb}], loadBalancerSourceRanges=["10.0.0.0/33" if s.family == 4 else "2001:db8::/129"])
     s.slice("p0a")
     s.flows("pod, outside", s.lb, 80, "drop")
     s.flow("pod", s.vip, 80, ["p0a"])
