@@ -115,7 +115,8 @@ class NftTests(SynchronousTestCase):
         fails = (
             "ct state established", "ct status dnat", 'iifname "lo"', "meta nfproto ipv6", "udp dport 80",
             "th dport 81", "ip6 saddr ::/0", "ip saddr @some",
-            "ip daddr . meta l4proto . th dport . ip saddr != @pairs", "fib daddr type local", "meta mark & 0x2000 == 0x2000", "meta l4proto { udp, sctp }",
+            "ip daddr . meta l4proto . th dport . ip saddr != @pairs",
+            "fib daddr type local", "meta mark & 0x2000 == 0x2000", "meta l4proto { udp, sctp }",
         )  # fmt: skip
         for rule in holds:
             self.assertEqual(self.verdict(f"{rule} drop"), "drop", rule)
