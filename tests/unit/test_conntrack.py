@@ -208,7 +208,7 @@ class JudgeTests(SynchronousTestCase):
         self.assertFalse(judge.stale(place("127.0.0.1", 30053), place("127.0.0.1", 30053)))
 
     def test_own(self) -> None:
-        """What was led to a socket of ours from where nothing leads there is stale; what was sent there itself is not."""
+        """What was led to a socket of ours from where nothing leads there is stale; what was sent there is not."""
         judge = self.judge({key("10.96.0.10", 53, "UDP"): frozenset({self.here})}, self.here)
         self.assertTrue(judge.stale(place("10.96.0.99", 53), place("192.0.2.2", 40002)))
         self.assertTrue(judge.stale(place("203.0.113.77", 30053), place("192.0.2.2", 40002)))
