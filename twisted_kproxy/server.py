@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from twisted.application.service import MultiService
@@ -22,7 +22,7 @@ from .balance.balancer import LoadBalancer
 from .balance.failures import EndpointFailures
 from .broadcast import Broadcast
 from .cluster import Cluster
-from .config import Config, effective, nodeSettings
+from .config import Config, conntrackSettings, effective, nodeSettings
 from .core.changes import Update
 from .core.values import Family, PoolName
 from .interfaces import (
@@ -48,7 +48,7 @@ from .netfilter.claim import NamespaceClaim
 from .netfilter.conntrack import Flows
 from .netfilter.node import primaryAddress
 from .netfilter.plane import RulePlane
-from .netfilter.sysctls import Wishes, apply, warnOfLocalPorts
+from .netfilter.sysctls import KernelSettings, Wishes, nodePortsOf, warnOfLocalPorts
 from .process import catchSignals, exitStatus
 from .redaction import redactedValue
 from .report import Report
@@ -141,7 +141,7 @@ class ProxyServer(MultiService):
         self._makeSources()
         self.dataplane: IDataplane | None = None
         self.checks: HealthChecks | None = None
-        self._sysctlsWait = False
+        self._kernel = KernelSettings(Wishes(*conntrackSettings(config)))
         self.syncer: Syncer | None = None
         self._starting: Deferred[None] | None = None
         self._leftovers: Deferred[Any] | None = None
@@ -255,7 +255,7 @@ class ProxyServer(MultiService):
         self.dataplane = dataplane
         if self._stopping:
             return
-        self._sysctlsWait = self._applySysctls() == "absent"
+        self._kernel.apply()
         self.checks = HealthChecks(
             self._reactor, config.nodeName, lambda: self.health.health().healthy, self.events,
             budget=self._budget, answered=self.metrics.upkeep.answered,
@@ -342,9 +342,8 @@ class ProxyServer(MultiService):
         reactor waiting, for some hundred milliseconds with thousands of Services. Garbage of later on is found as ever.
         """
         gc.freeze()
-        if self._sysctlsWait:  # the first rules have made the kernel track connections
-            self._applySysctls()
-        warnOfLocalPorts(self._nodePorts())
+        self._kernel.apply()  # the first rules make the kernel track connections, where it did not yet
+        warnOfLocalPorts(nodePortsOf(self.cluster.latest))
         makers = [plugin.find(IWriterMaker, name) for name in plugin.names(IWriterMaker)]
         others = [(maker.name, lambda maker=maker: maker.make(self._reactor)) for maker in makers]
         self._leftovers = removeLeftovers(active, others)
@@ -354,27 +353,6 @@ class ProxyServer(MultiService):
             "Node", "", name, (node.metadata.uid if node is not None else None) or name,
             "Starting", "StartKproxy", f"kproxy {__version__} serves on this node",
         )
-
-    def _applySysctls(self) -> str:
-        config = self._config
-        return apply(
-            Wishes(
-                mode=config.conntrackSysctls,
-                maxPerCore=config.conntrackMaxPerCore,
-                minimum=config.conntrackMin,
-                tcpEstablished=config.conntrackTcpEstablished,
-                tcpCloseWait=config.conntrackTcpCloseWait,
-                udp=config.conntrackUdp,
-                udpStream=config.conntrackUdpStream,
-                tcpBeLiberal=config.conntrackTcpBeLiberal,
-            )
-        )
-
-    def _nodePorts(self) -> Iterator[int]:
-        for port in self.cluster.latest.values():
-            yield from (it.port for it in port.frontends if it.kind == "NodePort")
-            if port.healthCheckPort:
-                yield port.healthCheckPort
 
     def _nodesListed(self, source: str) -> None:
         """An API server that does not know our node: a wrong name, most of all, and then nothing is local."""
