@@ -17,15 +17,16 @@ from tests.integration.world import World, slices
 Json = dict[str, Any]
 
 
-class HealthCheckPortTests(TestCase):
+class HealthCheckPorts:
     """Each test has a Service of its own, type LoadBalancer with external traffic policy Local."""
 
     timeout = 120
+    writer = "nftables"
 
     def setUp(self) -> None:
         if os.geteuid():
             raise SkipTest("network namespaces need root")
-        self.world = World.get("nftables")
+        self.world = World.get(self.writer)
         self.rig = self.world.rig
         self.name = ""
 
@@ -91,6 +92,10 @@ class HealthCheckPortTests(TestCase):
         self.become(0, 0)
         self.assertNotIn("default/hc-follows", self.world.status()["healthChecks"])
 
+
+class HealthCheckPortTests(HealthCheckPorts, TestCase):
+    """See :class:`HealthCheckPorts`."""
+
     def test_onlyTerminating(self) -> None:
         """With terminating endpoints only the answer is 503, while the node port goes on to serve by them."""
         service = self.make("hc-terminating", 32102, "p0a")
@@ -123,6 +128,15 @@ class HealthCheckPortTests(TestCase):
         self.make("hc-inuse", 32104, "p0a")
         about = self.world.status()["healthChecks"]["default/hc-inuse"]
         self.assertEqual((about["IPv4"]["listening"], about["IPv6"]["listening"]), (False, True))
+
+        def told() -> bool:
+            said = self.rig.http("api", f"{self.world.api.url}/apis/events.k8s.io/v1/events")[2]
+            return any(
+                it["reason"] == "FailedToStartServiceHealthcheck" and it["regarding"]["name"] == "hc-inuse"
+                for it in json.loads(said)["items"]
+            )
+
+        waitFor(told, 10, 0.1)
         other.close()
         self.become(200, 1)
 
@@ -142,3 +156,9 @@ class HealthCheckPortTests(TestCase):
         daemon.stop()
         self.world.daemon = self.world.startDaemon()
         self.become(200, 1)
+
+
+class LegacyTablesTests(HealthCheckPorts, TestCase):
+    """Legacy tables do not get in the way either."""
+
+    writer = "python-iptables"
