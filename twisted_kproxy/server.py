@@ -255,7 +255,8 @@ class ProxyServer(MultiService):
         self.dataplane = dataplane
         if self._stopping:
             return
-        self._kernel.apply()
+        if writer.place != "nowhere":
+            self._kernel.apply()
         self.checks = HealthChecks(
             self._reactor, config.nodeName, lambda: self.health.health().healthy, self.events,
             budget=self._budget, answered=self.metrics.upkeep.answered,
@@ -342,8 +343,9 @@ class ProxyServer(MultiService):
         reactor waiting, for some hundred milliseconds with thousands of Services. Garbage of later on is found as ever.
         """
         gc.freeze()
-        self._kernel.apply()  # the first rules make the kernel track connections, where it did not yet
-        warnOfLocalPorts(nodePortsOf(self.cluster.latest))
+        if active.place != "nowhere":
+            self._kernel.apply()  # the first rules make the kernel track connections, where it did not yet
+            warnOfLocalPorts(nodePortsOf(self.cluster.latest))
         makers = [plugin.find(IWriterMaker, name) for name in plugin.names(IWriterMaker)]
         others = [(maker.name, lambda maker=maker: maker.make(self._reactor)) for maker in makers]
         self._leftovers = removeLeftovers(active, others)

@@ -50,7 +50,7 @@ class SysctlTests(TestCase):
     def run_(self, said: str) -> Daemon:
         daemon = Daemon(self.rig, "n0", CONFIG.format(said=said))
         daemon.waitUntil("http://127.0.0.1:10256/healthz")
-        daemon.waitUntil(lambda: "nftables" in daemon.log() and b'"inForce":true' in daemon.get(STATUS)[2])
+        daemon.waitUntil(lambda: b'"inForce":true' in daemon.get(STATUS)[2])
         return daemon
 
     def test_on(self) -> None:
@@ -65,6 +65,12 @@ class SysctlTests(TestCase):
         self.assertEqual((self.now("max"), self.now("buckets")), before)
         self.assertIn("nf_conntrack_tcp_timeout_close_wait was 60 and is 3600 now", daemon.log())
         self.assertNotIn("nf_conntrack_max", daemon.log())
+        daemon.assertNoTraceback()
+
+    def test_noRules(self) -> None:
+        """A daemon that writes no rules leaves the kernel's settings alone, too."""
+        daemon = self.run_("sysctls = on\n[rules]\nwriter = none")
+        self.assertEqual(self.now("tcp_timeout_close_wait"), "60")
         daemon.assertNoTraceback()
 
     def test_auto(self) -> None:
