@@ -23,7 +23,7 @@ from .balance.balancer import LoadBalancer
 from .balance.failures import EndpointFailures
 from .broadcast import Broadcast
 from .cluster import Cluster
-from .config import Config, effective, nodeSettings
+from .config import Config, conntrackSettings, effective, nodeSettings
 from .core.changes import Update
 from .core.values import Family, PoolName
 from .explainer import Explainer
@@ -51,6 +51,7 @@ from .netfilter.claim import NamespaceClaim
 from .netfilter.conntrack import Flows
 from .netfilter.node import ownAddresses, primaryAddress, sourceTowards
 from .netfilter.plane import RulePlane
+from .netfilter.sysctls import KernelSettings, Wishes, nodePortsOf, warnOfLocalPorts
 from .process import catchSignals, exitStatus
 from .redaction import redactedValue
 from .report import Report
@@ -63,6 +64,7 @@ from .userspace.ports import Budget, PortRange, raiseLimit
 from .userspace.relay import SocketRelay
 from .userspace.tcp import TcpProxier
 from .userspace.udp import UdpProxier
+from .web.healthcheck import HealthChecks
 from .web.site import Listener, makeSite
 from .web.status import HealthState, explainPage, healthPages, metricsPages, tree
 
@@ -141,6 +143,8 @@ class ProxyServer(MultiService):
         self.cluster.nodesListed = self._nodesListed
         self._makeSources()
         self.dataplane: IDataplane | None = None
+        self.checks: HealthChecks | None = None
+        self._kernel = KernelSettings(Wishes(*conntrackSettings(config)))
         self.syncer: Syncer | None = None
         self._starting: Deferred[None] | None = None
         self._leftovers: Deferred[Any] | None = None
@@ -175,7 +179,7 @@ class ProxyServer(MultiService):
                 self.metrics.exposition,
                 lambda: config.mode,
                 lambda: redactedValue(effective(config)),
-                report.parts(),
+                {**report.parts(), "healthChecks": lambda: self.checks.status() if self.checks else {}},
             ),
             **explainPage(self._makeExplainer(report).answer),
         }
@@ -207,7 +211,8 @@ class ProxyServer(MultiService):
     def _makeDataplane(self, writer: IRuleWriter) -> IDataplane:
         config, reactor = self._config, self._reactor
         rules = RulePlane(
-            reactor, writer, flows=Flows(reactor), changedOutside=self._changedOutside,
+            reactor, writer, flows=Flows(reactor, observe=self.metrics.upkeep.looked),
+            changedOutside=self._changedOutside,
             claim=NamespaceClaim() if writer.place != "nowhere" else None,
         )
         self.metrics.watchQuarantined(
@@ -217,7 +222,7 @@ class ProxyServer(MultiService):
             ]
         )
         raiseLimit()
-        budget = Budget(reactor)
+        budget = self._budget = Budget(reactor)
         forFlows = budget.share(UDP_SHARE)
         dialer, relay = Dialer(reactor), SocketRelay(reactor)
 
@@ -256,8 +261,16 @@ class ProxyServer(MultiService):
         self.dataplane = dataplane
         if self._stopping:
             return
+        if writer.place != "nowhere":
+            self._kernel.apply()
+        self.checks = HealthChecks(
+            self._reactor, config.nodeName, lambda: self.health.health().healthy, self.events,
+            budget=self._budget, answered=self.metrics.upkeep.answered,
+        )
+        self.metrics.upkeep.watchPorts(self.checks.counts)
+        self.checks.setServiceParent(self)  # type: ignore[no-untyped-call]
         observer = _Observer(self.health, self.metrics, self.notifier, lambda: self._inForce(writer))
-        listeners = Broadcast([self.metrics, self.balancer, dataplane])
+        listeners = Broadcast([self.metrics, self.balancer, dataplane, self.checks])
         self.syncer = Syncer(
             self._reactor, self.cluster, listeners, observer,
             minPeriod=config.minSyncPeriod, fullPeriod=config.syncPeriod,
@@ -281,6 +294,8 @@ class ProxyServer(MultiService):
             self.log.info("Stopping; open connections may go on for up to {seconds:g} s", seconds=seconds)
         self.notifier.stopping()
         self.health.stopping()
+        if self.checks is not None:
+            self.checks.stopping()
         self.addresses.stopService()
         for source in self.sources:
             await maybeDeferred(source.disownServiceParent)
@@ -334,6 +349,9 @@ class ProxyServer(MultiService):
         reactor waiting, for some hundred milliseconds with thousands of Services. Garbage of later on is found as ever.
         """
         gc.freeze()
+        if active.place != "nowhere":
+            self._kernel.apply()  # the first rules make the kernel track connections, where it did not yet
+            warnOfLocalPorts(nodePortsOf(self.cluster.latest))
         makers = [plugin.find(IWriterMaker, name) for name in plugin.names(IWriterMaker)]
         others = [(maker.name, lambda maker=maker: maker.make(self._reactor)) for maker in makers]
         self._leftovers = removeLeftovers(active, others)
