@@ -95,9 +95,9 @@ class Cluster:
         self._hostAddresses: frozenset[str] = frozenset()
         self._facts = NodeFacts(name=nodeName, allowed=settings.allowed, denied=settings.denied)
         self._locality = localityOf(settings, None)
-        self._ports: dict[ServicePortName, ServicePort] = {}
         self._map = ServiceMap(locality=self._locality)
-        self._stale = False
+        #: what is otherwise than in the map, ``None`` for what has gone
+        self._news: dict[ServicePortName, ServicePort | None] = {}
         self.node: wire.Node | None = None
 
     # --- the channel
@@ -280,9 +280,7 @@ class Cluster:
         )
         if (facts, locality) == (self._facts, self._locality):
             return False
-        if locality != self._locality:
-            self._locality = locality
-            self._stale = True
+        self._locality = locality
         if facts != self._facts:
             self._facts = facts
             self._dirty.update(dict.fromkeys(self._keys()))
@@ -328,13 +326,17 @@ class Cluster:
         """Whether nothing has come since then."""
         return not (self._unmerged or self._dirty or self._stale)
 
+    @property
+    def _stale(self) -> bool:
+        return bool(self._news) or self._locality != self._map.locality
+
     def current(self) -> ServiceMap:
         """The map that follows from everything said so far; the same object as long as nothing differs."""
         while self.catchUp():
             pass
         if self._stale:
-            self._stale = False
-            self._map = ServiceMap(self._ports, self._map.generation + 1, self._locality)
+            news, self._news = self._news, {}
+            self._map = self._map.step(news, self._map.generation + 1, self._locality)
         return self._map
 
     def _resolve(self, key: _ServiceKey) -> None:
@@ -358,15 +360,15 @@ class Cluster:
     def _publish(self, name: ServicePortName) -> None:
         """Put what is claimed under a name into the map, less what others own. What is equal stays the same object."""
         claimed = self._claimed.get(name)
+        owned = self._claims.owned(claimed) if claimed is not None else None
+        if self._map.get(name) == owned:
+            self._news.pop(name, None)
+        else:
+            self._news[name] = owned
         if claimed is None:
-            self._stale |= self._ports.pop(name, None) is not None
             self._waiting.pop(name, None)
-            return
-        owned = self._claims.owned(claimed)
-        if self._ports.get(name) != owned:
-            self._ports[name] = owned
-            self._stale = True
-        self._tellWaiting(name, claimed, owned is not claimed)
+        else:
+            self._tellWaiting(name, claimed, owned is not claimed)
 
     def _tellWaiting(self, name: ServicePortName, claimed: ServicePort, waits: bool) -> None:
         if not waits:

@@ -22,6 +22,11 @@ from ipaddress import (
 
 from .values import Family
 
+_OCTET = "(?:25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])"
+#: what most are, and what needs nothing done to it
+_PLAIN = re.compile(rf"\A{_OCTET}(?:\.{_OCTET}){{3}}\Z")
+#: as the first octet of an IPv4 address: nothing speaks against it
+_ORDINARY = frozenset(str(octet) for octet in range(1, 224)) - {"127", "169"}
 _DOTTED = re.compile(r"\A[0-9]{1,9}(?:\.[0-9]{1,9}){3}\Z")
 _ZEROS = re.compile(r"(?<![0-9])0+(?=[0-9])")
 
@@ -37,6 +42,8 @@ def canonical(text: str) -> tuple[str, Family]:
 
     :raise BadAddress: with what was given.
     """
+    if _PLAIN.match(text):
+        return text, "IPv4"
     plain = text.strip()
     if _DOTTED.match(plain):
         plain = _ZEROS.sub("", plain)
@@ -59,6 +66,8 @@ def unusable(text: str) -> str | None:
     Why a canonical address can be neither endpoint nor frontend, ``None`` where it can. Traffic to these would stay
     on the node or go to everybody on the link (CVE-2021-25737).
     """
+    if text.partition(".")[0] in _ORDINARY:
+        return None
     it = ip_address(text)
     if it.is_unspecified:
         return "unspecified"
