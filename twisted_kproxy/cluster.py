@@ -158,13 +158,7 @@ class Cluster:
             self.changed()
 
     def _reject(self, source: str, kind: Kind, key: str, reason: str, said: _Said) -> None:
-        if said.rejected.get(key) != reason:
-            kept = "its last good version stays in force" if key in said.objects else "it is not served"
-            self.log.warn(
-                "{kind} {key} of source {source} cannot be read, {kept}: {reason}",
-                kind=kind, key=key or "(without name)", source=source, kept=kept, reason=reason,
-            )
-        said.rejected[key] = reason
+        said.rejected[key] = reason  # the source has logged it
 
     # --- merging
 
@@ -383,12 +377,14 @@ class Cluster:
                 )
 
     def _report(self, before: tuple[Problem, ...], after: tuple[Problem, ...]) -> None:
+        """Log what is new, a line for each object."""
         known = set(before)
+        found: dict[tuple[Kind, str], list[str]] = {}
         for problem in after:
             if problem not in known:
-                self.log.warn(
-                    "{kind} {key}: {reason}", kind=problem.kind, key=problem.key, reason=problem.reason
-                )
+                found.setdefault((problem.kind, problem.key), []).append(problem.reason)
+        for (kind, key), reasons in found.items():
+            self.log.warn("{kind} {key}: {reason}", kind=kind, key=key, reason="; ".join(reasons))
 
     # --- what operators see
 

@@ -20,7 +20,7 @@ from ipaddress import (
     ip_network,
 )
 
-from .values import Family
+from .values import EVERYWHERE, Family
 
 _OCTET = "(?:25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])"
 #: what most are, and what needs nothing done to it
@@ -130,6 +130,11 @@ def isMapped(text: str) -> bool:
 def familyOf(address: str) -> Family:
     """The family of a canonical address or network."""
     return "IPv6" if ":" in address else "IPv4"
+
+
+def everywhere(family: Family) -> str:
+    """The network of all addresses of a family."""
+    return EVERYWHERE[family == "IPv6"]
 
 
 def sortKey(address: str) -> tuple[int, IPv4Address | IPv6Address]:

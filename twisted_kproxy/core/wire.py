@@ -6,6 +6,7 @@ API may leave out or send as ``null`` has a default here, and its meaning is dec
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import msgspec
@@ -22,6 +23,8 @@ CLUSTER_WIDE: tuple[Kind, ...] = ("Node", "ServiceCIDR")
 SERVICE_TYPES = ("ClusterIP", "NodePort", "LoadBalancer", "ExternalName")
 PROTOCOLS = ("TCP", "UDP", "SCTP")
 CHANGE_TRIGGER_ANNOTATION = "endpoints.kubernetes.io/last-change-trigger-time"
+#: a DNS subdomain (RFC 1123), as the names of all these kinds are; namespaces are even narrower
+_NAME = re.compile(r"[a-z0-9](?:[-a-z0-9.]{0,251}[a-z0-9])?\Z")
 
 
 class ObjectMeta(Struct, frozen=True):
@@ -337,6 +340,10 @@ def _checked(kind: Kind, it: Any) -> Any:
         raise Unreadable("", "it has no metadata.name")
     if kind not in CLUSTER_WIDE and not it.metadata.namespace:
         raise Unreadable(it.metadata.name, "it has no metadata.namespace")
+    for field, name in (("name", it.metadata.name), ("namespace", it.metadata.namespace)):
+        if name and not _NAME.match(name):
+            reason = f"metadata.{field} {name[:80]!r} is not made of small letters, digits, '-' and '.', at most 253"
+            raise Unreadable(keyOf(it.metadata), reason)
     fault = _fault(it) if kind == "Service" else None
     if fault:
         raise Unreadable(keyOf(it.metadata), fault)
