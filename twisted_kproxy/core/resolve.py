@@ -260,7 +260,7 @@ class _Resolver:
         """Why nobody may be led away from an address, ``None`` where it may be served (CVE-2020-8554)."""
         why = unusable(address)
         if why:
-            return f"is a {why} address"
+            return f"is {_article(why)} {why} address"
         if kind == "ClusterIP":
             # All of such an address is taken, not only the ports of the Service.
             return "is an address of this node" if address in self.node.addresses else None
@@ -361,8 +361,8 @@ class _Resolver:
             why = unusable(address) or ("IPv4-mapped" if isMapped(member.addresses[0]) else None)
             if why:
                 self.refusedEndpoints.add(address)
-                what = f"an {why}" if why[0] in "IU" else f"a {why}"
-                self._slice(it, f"endpoint {address} is {what} address; it is not used", True)
+                shown = address if why != "IPv4-mapped" else member.addresses[0]
+                self._slice(it, f"endpoint {shown} is {_article(why)} {why} address; it is not used", True)
                 continue
             if actual != family:
                 self._slice(it, f"endpoint {address} is not an {family} address; it is not used")
@@ -386,6 +386,10 @@ def _familiesOf(text: str) -> tuple[Family, ...]:
 def _rank(it: Candidate) -> tuple[object, ...]:
     """Which one of two in one slice counts, so that their order does not matter."""
     return not it.terminating, it.ready, it.serving, it.isLocal, sorted(it.zones), sorted(it.nodes)
+
+
+def _article(word: str) -> str:
+    return "an" if word[0] in "Iu" else "a"
 
 
 def _sameFamily(one: str, other: str) -> bool:
