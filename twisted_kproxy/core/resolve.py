@@ -329,11 +329,10 @@ class _Resolver:
     def _candidates(self, name: str, protocol: Protocol, family: Family) -> Iterable[Candidate]:
         """
         Every endpoint of one service port, once. Of duplicates a running pod beats a terminating one that had the same
-        address; else the later one (in order of slice names) counts.
+        address, and a ready one beats one that is not, whatever their order.
         """
         found: dict[str, Candidate] = {}
         for it in self.slices:
-            here: dict[str, Candidate] = {}
             if it.addressType != family:
                 continue
             for port in it.ports or ():
@@ -343,10 +342,7 @@ class _Resolver:
                     if port.port is None or not 0 < port.port < 65536:
                         self._slice(it, f"port {name!r} has no usable number ({port.port}) and is ignored")
                     else:
-                        self._members(it, port.port, family, here)
-            for key, candidate in here.items():
-                if not candidate.terminating or key not in found:
-                    found[key] = candidate
+                        self._members(it, port.port, family, found)
         return found.values()
 
     def _members(self, it: wire.EndpointSlice, port: int, family: Family, found: dict[str, Candidate]) -> None:
@@ -384,7 +380,7 @@ def _familiesOf(text: str) -> tuple[Family, ...]:
 
 
 def _rank(it: Candidate) -> tuple[object, ...]:
-    """Which one of two in one slice counts, so that their order does not matter."""
+    """Of two with the same address and port, the one that ranks higher counts."""
     return not it.terminating, it.ready, it.serving, it.isLocal, sorted(it.zones), sorted(it.nodes)
 
 
