@@ -20,7 +20,6 @@ from twisted_kproxy.core.values import (
     ServicePortName,
 )
 
-
 _names = [portName(it) for it in "abcdefg"]
 _steps = st.lists(
     st.dictionaries(st.sampled_from(_names), st.one_of(st.none(), st.integers(1, 2)), max_size=4), max_size=12

@@ -413,7 +413,10 @@ class LocalityTests(IniCase):
         said = config.effective(self.load(LOCAL))["kproxy"]
         self.assertEqual(
             {key: said[key] for key in ("detect-local", "node-port-addresses", "masquerade-all", "frontend-allow")},
-            {"detect-local": "cluster-cidr", "node-port-addresses": "all", "masquerade-all": "no", "frontend-allow": ""},
+            {
+                "detect-local": "cluster-cidr", "node-port-addresses": "all", "masquerade-all": "no",
+                "frontend-allow": "",
+            },
         )
 
     def test_everything(self) -> None:
@@ -476,7 +479,7 @@ class LocalityTests(IniCase):
                 "remove it",
             ),
             # What is at fault itself is not judged any further.
-            ("detect-local = bridge\npod-bridge = a/b", "6: [kproxy] pod-bridge = a/b: must be the name of an interface"),
+            ("detect-local = bridge\npod-bridge = a/b", "6: [kproxy] pod-bridge = a/b: must be the name of an inter"),
             ("detect-local = pods\npod-bridge = cni0", "5: [kproxy] detect-local = pods: must be one of cluster-cidr"),
         ):
             fault = self.userFault("kproxy", lines)
@@ -494,7 +497,7 @@ class LocalityTests(IniCase):
             ("pod-interface-prefix = cali+", interface),
             ("pod-interface-prefix = cali*", interface),
             ("masquerade-all = all", "must be yes or no"),
-            ("node-port-addresses =", "has an empty item: write networks as 10.128.0.0/14, fd00:10::/48; or say one of"),
+            ("node-port-addresses =", "has an empty item: write networks as 10.128.0.0/14, fd00:10::/48; or say one"),
             ("node-port-addresses = primary,,all", "has an empty item"),
             ("node-port-addresses = Primary", "Primary has no prefix length"),
             ("node-port-addresses = localhst", "or say one of primary, localhost, all"),

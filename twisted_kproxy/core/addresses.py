@@ -122,6 +122,11 @@ def contains(networks: tuple[str, ...], address: str) -> bool:
     return any(it in ip_network(text) for text in networks)
 
 
+def shortened(text: str, most: int = 300) -> str:
+    """What somebody has written, where it is to be shown: as much of it as people read."""
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
 def isMapped(text: str) -> bool:
     """Whether an address is written as IPv4 within IPv6 (``::ffff:10.0.0.1``)."""
     return ":" in text and canonical(text)[1] == "IPv4"

@@ -11,7 +11,18 @@ from collections.abc import Iterable, Iterator
 from msgspec import Struct
 
 from . import wire
-from .addresses import BadAddress, canonical, contains, everywhere, familyOf, isMapped, joined, network, unusable
+from .addresses import (
+    BadAddress,
+    canonical,
+    contains,
+    everywhere,
+    familyOf,
+    isMapped,
+    joined,
+    network,
+    shortened,
+    unusable,
+)
 from .topology import Candidate, NodeFacts, categorize
 from .values import FAMILIES, Family, Frontend, FrontendKind, PoolKind, Problem, Protocol, ServicePort, ServicePortName
 
@@ -163,7 +174,7 @@ class _Resolver:
         """
         if refused:
             self.refusedFrontends.add(refused)
-        self._note(Problem("Service", self.key, reason, bool(refused)))
+        self._note(Problem("Service", self.key, shortened(reason), bool(refused)))
 
     def _note(self, problem: Problem) -> None:
         """One object must not fill the log: the first few of its problems say enough."""
@@ -369,7 +380,7 @@ class _Resolver:
                 found[candidate.key] = candidate
 
     def _slice(self, it: wire.EndpointSlice, reason: str, refused: bool = False) -> None:
-        self._note(Problem("EndpointSlice", wire.keyOf(it.metadata), reason, refused))
+        self._note(Problem("EndpointSlice", wire.keyOf(it.metadata), shortened(reason), refused))
 
 
 def _familiesOf(text: str) -> tuple[Family, ...]:

@@ -227,7 +227,7 @@ class ServiceMap(Mapping[ServicePortName, ServicePort]):
         return port
 
     def __contains__(self, name: object) -> bool:
-        return self._over[name] is not None if name in self._over else name in self._base  # type: ignore[index]
+        return self._over[name] is not None if name in self._over else name in self._base
 
     def get(self, name: ServicePortName, default: Any = None) -> Any:
         port = self._over[name] if name in self._over else self._base.get(name)

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 from msgspec import Raw, Struct
 
-from .addresses import BadAddress, canonical
+from .addresses import BadAddress, canonical, shortened
 from .values import Kind
 
 SERVICE_NAME_LABEL = "kubernetes.io/service-name"
@@ -268,7 +268,7 @@ class Unreadable(ValueError):
     def __init__(self, key: str, reason: str) -> None:
         super().__init__(reason)
         self.key = key
-        self.reason = reason
+        self.reason = shortened(reason)
 
 
 def keyOf(meta: ObjectMeta | Identity) -> str:
@@ -327,9 +327,9 @@ def _fault(service: Service) -> str | None:
                 return f"clusterIP: {error}"
     for port in spec.ports or ():
         if not 0 < port.port < 65536:
-            return f"port {port.port} is not in 1 to 65535"
+            return f"port {shortened(str(port.port), 20)} is not in 1 to 65535"
         if port.nodePort is not None and not 0 <= port.nodePort < 65536:
-            return f"nodePort {port.nodePort} is not in 1 to 65535"
+            return f"nodePort {shortened(str(port.nodePort), 20)} is not in 1 to 65535"
         if port.protocol not in (None, "", *PROTOCOLS):
             return f"protocol {port.protocol!r} is none of {', '.join(PROTOCOLS)}"
     return None
