@@ -73,7 +73,7 @@ class OrderTests(SynchronousTestCase):
         return type(it)(it.metadata, it.addressType, endpoints, ports)
 
     @given(histories(), st.integers(0, 1 << 32))
-    @bounded(150)
+    @bounded(200)
     def test_interleavings(self, words: list[Word | Reached], seed: int) -> None:
         """Two ways in which the histories of single objects may be mixed come to the same."""
         rng = random.Random(seed)
@@ -102,7 +102,7 @@ class HistoryTests(SynchronousTestCase):
     """How one came here does not matter, and here is where one should be."""
 
     @given(histories(), st.integers(0, 1 << 32))
-    @bounded(300)
+    @bounded(400)
     def test_cluster(self, words: list[Word | Reached], seed: int) -> None:
         """
         After each of the words: what is said is what the oracle says, what did not change is the same object. At the end
@@ -130,12 +130,16 @@ class HistoryTests(SynchronousTestCase):
 
 
 class Daemon:
-    """From a cluster to the kernel, with fakes for sockets and time."""
+    """
+    From a cluster to the kernel, with fakes for sockets and time.
 
-    def __init__(self, cluster: Cluster, writer: MemoryWriter) -> None:
+    :param lastPort: the highest port that the fake kernel has given away.
+    """
+
+    def __init__(self, cluster: Cluster, writer: MemoryWriter, lastPort: int = 40000) -> None:
         self.errors: dict[str, Exception] = {}
         self.log: list[str] = []
-        self.nextPort = 40000
+        self.nextPort = lastPort
         self.clock = Clock()
         self.made: list[FakeProxier] = []
         self.cluster, self.writer = cluster, writer
@@ -237,7 +241,7 @@ class WholeWayTests(SynchronousTestCase):
         self.assertEqual((len(daemon.writer.writes), len(daemon.made)), (writes, made))
 
     @given(histories(), st.lists(_mishaps, max_size=12), st.integers(0, 1 << 32))
-    @bounded(100)
+    @bounded(200)
     def test_mishaps(self, words: list[Word | Reached], mishaps: list[str], seed: int) -> None:
         """
         Whatever goes wrong on the way (writes that are refused, rules that others remove or change, a daemon that is
@@ -285,11 +289,11 @@ class WholeWayTests(SynchronousTestCase):
             case "restart":
                 writer.watch(None)
                 writer.failures = []
-                return Daemon(told.fresh(), writer)
+                return Daemon(told.fresh(), writer, daemon.nextPort)
         return daemon
 
     @given(histories())
-    @bounded(100)
+    @bounded(200)
     def test_smooth(self, words: list[Word | Reached]) -> None:
         """Without mishaps: right after each word, with one write for it at the most, and none where nothing differs."""
         told = Told()
