@@ -99,8 +99,8 @@ def _pool(size: int) -> list[Word | Reached]:
     return [_word(rng) for _ in range(size)]
 
 
-#: Chosen from a fixed lot: Hypothesis draws one number for each, which is fast, and leaves out one after the other where
-#: it looks for the shortest failure. Some are twice among them: equal, but not the same objects.
+#: Chosen from a fixed lot: Hypothesis draws one number for each, which is fast, and leaves out one after the other
+#: where it looks for the shortest failure. Some are twice among them: equal, but not the same objects.
 _LOT = [*_pool(1000), *_pool(200)]
 
 

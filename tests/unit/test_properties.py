@@ -1,6 +1,6 @@
 """
-What holds whatever happens: from words to the service map, and from there to rules and sockets. The histories are made to
-collide, and are the same in each run.
+What holds whatever happens: from words to the service map, and from there to rules and sockets. The histories are made
+to collide, and are the same in each run.
 """
 
 from __future__ import annotations
@@ -105,8 +105,8 @@ class HistoryTests(SynchronousTestCase):
     @bounded(400)
     def test_cluster(self, words: list[Word | Reached], seed: int) -> None:
         """
-        After each of the words: what is said is what the oracle says, what did not change is the same object. At the end
-        all that can be seen is as after a start on the same objects.
+        After each of the words: what is said is what the oracle says, what did not change is the same object. At the
+        end all that can be seen is as after a start on the same objects.
         """
         rng = random.Random(seed)
         cluster, told = synced(newCluster()), Told()
@@ -143,7 +143,7 @@ class Daemon:
         self.clock = Clock()
         self.made: list[FakeProxier] = []
         self.cluster, self.writer = cluster, writer
-        plane = RulePlane(self.clock, writer, changedOutside=lambda: self.syncer.resync())
+        plane = RulePlane(self.clock, writer, changedOutside=self.changedOutside)
         self.dataplane = UserspaceDataplane(
             self.clock, ScriptedBalancer(), plane, makeTcp=self.make, makeUdp=self.make,  # type: ignore[arg-type]
             addressOf={"IPv4": "192.0.2.2", "IPv6": "2001:db8::2"}.__getitem__, observer=RecordingObserver(),
@@ -153,6 +153,9 @@ class Daemon:
         self.dataplane.start()
         self.syncer.start()
         self.turn()
+
+    def changedOutside(self) -> None:
+        self.syncer.resync()
 
     @property
     def taken(self) -> set[int]:
@@ -209,7 +212,9 @@ class Daemon:
         return frozenset(Guard(it.pool.port.family, it.pool.port.protocol, it.port) for it in self.sockets().values())
 
 
-_mishaps = st.sampled_from(["reject", "reject twice", "not judged", "flushed", "changed", "time", "time", "time", "restart"])
+_mishaps = st.sampled_from(
+    ["reject", "reject twice", "not judged", "flushed", "changed", "time", "time", "time", "restart"]
+)
 
 
 class WholeWayTests(SynchronousTestCase):
