@@ -375,9 +375,10 @@ class _Resolver:
                 self._slice(it, f"endpoint {address} is not an {family} address; it is not used")
                 continue
             candidate = _candidate(member, address, port, self.node)
-            twin = found.get(candidate.key)
+            key = candidate.key
+            twin = found.get(key)
             if twin is None or _rank(twin) < _rank(candidate):
-                found[candidate.key] = candidate
+                found[key] = candidate
 
     def _slice(self, it: wire.EndpointSlice, reason: str, refused: bool = False) -> None:
         self._note(Problem("EndpointSlice", wire.keyOf(it.metadata), shortened(reason), refused))
