@@ -255,7 +255,6 @@ class _Reading:
             text = f"[metrics] bind = {metrics}: is the same port as [health] bind = {health}"
             self._fault(line, f"{text}: give one of them another")
 
-
     def _contradictoryDetection(self, values: Mapping[str, Any], given: Config) -> None:
         """Each way to tell pods from others has a key of its own, which the others have no use for."""
         way = values.get("detectLocal", given.detectLocal)

@@ -11,7 +11,17 @@ from collections.abc import Iterable, Iterator
 from msgspec import Struct
 
 from . import wire
-from .addresses import BadAddress, canonical, contains, familyOf, joined, network, unusable
+from .addresses import (
+    BadAddress,
+    canonical,
+    contains,
+    everywhere,
+    familyOf,
+    joined,
+    network,
+    shortened,
+    unusable,
+)
 from .candidates import article, gather, ordered
 from .topology import NodeFacts, categorize
 from .values import FAMILIES, Family, Frontend, FrontendKind, PoolKind, Problem, Protocol, ServicePort, ServicePortName
@@ -128,7 +138,8 @@ class _Resolver:
         self.slices = ordered(slices)
         self.key = wire.keyOf(self.meta)
         self.problems: dict[Problem, None] = {}  # for its order
-        self.more = 0
+        self.more: set[Problem] = set()
+        self.balancers: set[str] = set()
         self.refusedFrontends: set[str] = set()
         self.refusedEndpoints: set[str] = set()
 
@@ -162,23 +173,27 @@ class _Resolver:
                     )
                 )
         if self.more:
-            self.problems[Problem("Service", self.key, f"and {self.more} more that are like these")] = None
+            self.problems[Problem("Service", self.key, f"and {len(self.more)} more that are like these")] = None
         return Resolved(
             tuple(ports), tuple(self.problems), len(self.refusedFrontends), len(self.refusedEndpoints)
         )
 
     def _problem(self, reason: str, refused: str = "") -> None:
-        """:param refused: the address or port that must not be reached, where that is the problem."""
+        """
+        Note a problem of the Service.
+
+        :param refused: the address or port that must not be reached, where that is the problem.
+        """
         if refused:
             self.refusedFrontends.add(refused)
-        self._note(Problem("Service", self.key, reason, bool(refused)))
+        self._note(Problem("Service", self.key, shortened(reason), bool(refused)))
 
     def _note(self, problem: Problem) -> None:
         """One object must not fill the log: the first few of its problems say enough."""
-        if problem in self.problems or len(self.problems) < MOST_PROBLEMS:
+        if len(self.problems) < MOST_PROBLEMS:
             self.problems[problem] = None
-        else:
-            self.more += 1
+        elif problem not in self.problems:
+            self.more.add(problem)
 
     def _ports(self) -> Iterator[tuple[str, Protocol, wire.ServicePortSpec]]:
         """Ports that can be served; of two that claim the same name or the same number, the first in the list."""
@@ -259,8 +274,17 @@ class _Resolver:
         for ingress in (balancer.ingress if balancer else None) or ():
             # KEP-1860: with mode Proxy packets must go round by the load balancer
             if ingress.ipMode in (None, "VIP"):
+                self._isBalancer(ingress.ip)
                 take("LoadBalancer", "status.loadBalancer.ingress", ingress.ip, False)
         return found
+
+    def _isBalancer(self, text: str | None) -> None:
+        """An address of a load balancer is restricted to its source ranges, also where it is an external IP as well."""
+        if text:
+            try:
+                self.balancers.add(canonical(text)[0])
+            except BadAddress:
+                return  # told elsewhere
 
     def _refusal(self, kind: FrontendKind, address: str) -> str | None:
         """Why nobody may be led away from an address, ``None`` where it may be served (CVE-2020-8554)."""
@@ -278,22 +302,23 @@ class _Resolver:
 
     def _sourceRanges(self) -> dict[Family, tuple[str, ...]]:
         """
-        The networks that may reach addresses of load balancers. A family for which none is given is open to all; so
-        that a slip opens nothing, where not one can be read it is closed.
+        The networks that may reach addresses of load balancers. A family for which none is given is open to all, but
+        a slip opens nothing: what cannot be read lets nobody in, rather than everybody.
         """
         found: dict[Family, list[str]] = {}
-        texts = [text for text in self.spec.loadBalancerSourceRanges or () if text.strip()]
-        for text in texts:
+        for text in self.spec.loadBalancerSourceRanges or ():
+            if not text.strip():
+                continue
             try:
                 cidr, family = network(text)
             except BadAddress as error:
-                self._problem(f"loadBalancerSourceRanges: {error}")
-                continue
-            found.setdefault(family, []).append(cidr)
-        if texts and not found:
-            self._problem("loadBalancerSourceRanges: no range can be read, so nobody is let in")
-            return dict.fromkeys(FAMILIES, ())
-        return {family: joined(networks) for family, networks in found.items()}
+                self._problem(f"loadBalancerSourceRanges: {error}; it lets nobody in")
+                for meant in _familiesOf(text):
+                    found.setdefault(meant, [])
+            else:
+                found.setdefault(family, []).append(cidr)
+        ranges = {family: joined(networks) for family, networks in found.items()}
+        return {family: networks for family, networks in ranges.items() if networks != (everywhere(family),)}
 
     def _frontends(
         self,
@@ -311,7 +336,7 @@ class _Resolver:
                 where = f"{address}:{spec.port}"
                 self._problem(f"{where} is where the API server is reached; it is not served", where)
             else:
-                sources = self._withSelf(ranges, address) if kind == "LoadBalancer" else None
+                sources = self._withSelf(ranges, address) if address in self.balancers else None
                 yield Frontend(kind, address, spec.port, external, "cluster", sources)
         if spec.nodePort:
             if not 0 < spec.nodePort < 65536:
@@ -334,7 +359,14 @@ class _Resolver:
     def _slice(self, it: wire.EndpointSlice, reason: str, refused: str) -> None:
         if refused:
             self.refusedEndpoints.add(refused)
-        self._note(Problem("EndpointSlice", wire.keyOf(it.metadata), reason, bool(refused)))
+        self._note(Problem("EndpointSlice", wire.keyOf(it.metadata), shortened(reason), bool(refused)))
+
+
+def _familiesOf(text: str) -> tuple[Family, ...]:
+    """Which families a network that cannot be read may have been meant for."""
+    if ":" in text:
+        return ("IPv6",)
+    return ("IPv4",) if "." in text else FAMILIES
 
 
 def _sameFamily(one: str, other: str) -> bool:

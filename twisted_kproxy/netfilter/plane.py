@@ -11,7 +11,7 @@ from twisted.logger import Logger
 from zope.interface import implementer
 
 from ..core.changes import Update
-from ..core.rules import Delta, Guard, Rule, Ruleset, Target, portInForce
+from ..core.rules import Delta, Guard, Rule, Ruleset, portInForce
 from ..core.values import FrontendKey, Locality, ServiceMap, ServicePort, ServicePortName
 from ..interfaces import IRulePlane, IRuleWriter, RulesNotJudged, RulesRejected
 from .flowkeeper import FlowKeeper

@@ -169,16 +169,17 @@ class UserspaceDataplane:
         self._wanted = update.current
         self._rename(update.renamed)
         names = self._toLookAt(update, everything)
-        ports = {name: port for name, port in self._redirected.items() if name in update.current}
+        gone = [name for name in self._redirected if name not in update.current] if everything else update.removed
+        step: dict[ServicePortName, ServicePort | None] = dict.fromkeys(gone)
         pace = Pace(self._reactor)
         for name in names:
-            ports[name] = self._lookSafely(update.current[name], ports.get(name), pace)
+            step[name] = self._lookSafely(update.current[name], self._redirected.get(name), pace)
             if pace.due():
                 await pace.turn()
                 self._mayGoOn()
         self._forgetFaults(update.current)
         self._tellHomeless()
-        self._redirected = ServiceMap(ports, update.current.generation, update.current.locality)
+        self._redirected = self._redirected.step(step, update.current.generation, update.current.locality)
         await self._rules.onUpdate(Update(previous, self._redirected, full))
         self._inForce = self._redirected
         self._sound = True
