@@ -19,6 +19,8 @@ table.shown(
     "kubernetes#139629, #141371",
     "integration.test_endtoend.test_udpFollowsEndpoints",
     "integration.test_udp.test_endpointLeaves",
+    "integration.test_staleflows.test_beforeEndpoints",
+    "integration.test_staleflows.test_deleted",
 )
 table.shown(
     "udp-idle",
@@ -30,11 +32,14 @@ table.shown(
 table.shown(
     "udp-datagrams", "Datagrams of any size pass whole", "RFC 768", "integration.test_endtoend.test_bigDatagrams"
 )
-table.leftOut(
+table.shown(
     "conntrack-settings",
     "nf_conntrack_max, its hash table and its timeouts",
     "kubernetes conntrack/sysctls.go",
-    "the node's own settings stay; etc/ has none of them. A relayed connection takes two entries",
+    "unit.test_sysctls.test_host",
+    "unit.test_sysctls.test_neverLowered",
+    "integration.test_sysctls.test_on",
+    "integration.test_sysctls.test_auto",
 )
 table.leftOut(
     "route-localnet",
@@ -194,6 +199,15 @@ table.leftOut(
 
 table.topic = "Health, metrics and pages"
 table.shown(
+    "health-check-node-port",
+    "healthCheckNodePort: 200 while ready endpoints are on this node, with their number",
+    "kubernetes healthcheck/service_health.go",
+    "unit.test_healthcheck.test_answer",
+    "integration.test_healthchecks.test_follows",
+    "integration.test_healthchecks.test_onlyTerminating",
+    "integration.test_healthchecks.test_inUse",
+)
+table.shown(
     "healthz",
     "/healthz: 200 or 503 with lastUpdated, currentTime, nodeEligible, healthy and status by family",
     "KEP-3836, kubernetes healthcheck/proxy_health.go",
@@ -272,7 +286,20 @@ table.flag("proxy-port-range", "[userspace] port-range")
 table.flag("cleanup", why="``twistd kproxy --cleanup``")
 table.flag("version", why="``twistd kproxy --version``")
 table.flag("v vmodule logging-format", "[kproxy] log-level", "[kproxy] log-format")
-table.leftOut("flags-conntrack", "``--conntrack-…``", "", "see conntrack settings above")
+table.flag(
+    "conntrack-max-per-core conntrack-min conntrack-tcp-timeout-established conntrack-tcp-timeout-close-wait",
+    "[conntrack] max-per-core",
+    "[conntrack] min",
+    "[conntrack] tcp-established-timeout",
+    "[conntrack] tcp-close-wait-timeout",
+    why="in the host's network namespace, unless sysctls says otherwise",
+)
+table.flag(
+    "conntrack-tcp-be-liberal conntrack-udp-timeout conntrack-udp-timeout-stream",
+    "[conntrack] tcp-be-liberal",
+    "[conntrack] udp-timeout",
+    "[conntrack] udp-stream-timeout",
+)
 table.leftOut(
     "flags-bind",
     "``--bind-address``, ``--bind-address-hard-fail``",
