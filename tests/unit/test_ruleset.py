@@ -119,7 +119,8 @@ class DeltaTests(SynchronousTestCase):
 
     def test_toItself(self) -> None:
         """From a ruleset to itself there is nothing to do."""
-        self.assertFalse(deltaBetween(SAMPLE, Ruleset(dict(SAMPLE.rules), SAMPLE.guards, locality=SAMPLE.locality)))
+        same = Ruleset(dict(SAMPLE.rules), SAMPLE.guards, SAMPLE.clusterIPs, SAMPLE.locality)
+        self.assertFalse(deltaBetween(SAMPLE, same))
 
     def test_everyStep(self) -> None:
         """A delta leads from the one to the other, whatever they are, and names only what differs."""
