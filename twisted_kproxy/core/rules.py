@@ -42,7 +42,7 @@ class Rule(Struct, frozen=True, gc=False):
     :ivar outside: those of everybody else.
     :ivar inside: those of the node itself and of pods, as :attr:`Ruleset.locality` has it.
     :ivar sources: networks that either of the two is for, canonical, sorted and apart from each other; packets of all
-        others are dropped. ``None`` for no such restriction.
+        others are dropped. ``None`` for no such restriction. Node ports have none.
     """
 
     outside: Verdict
