@@ -17,8 +17,9 @@ from zope.interface import implementer
 from .core import wire
 from .core.locality import NO_SETTINGS, NodeSettings
 from .core.ownership import UNKNOWN_AGE, Claims
-from .core.resolve import NOTHING, Resolved, concerns, resolve, serviceOf, slicesOf
+from .core.resolve import NOTHING, Resolved, concerns, resolve, serviceOf, slicesOf, unconcerning
 from .core.surroundings import KUBERNETES, Surroundings, serversOf
+from .core.topology import NodeFacts
 from .core.values import (
     Change,
     Kind,
@@ -381,6 +382,21 @@ class Cluster:
                 )
 
     # --- what operators see
+
+    @property
+    def facts(self) -> NodeFacts:
+        """What is known of this node."""
+        return self._facts
+
+    def objectsOf(self, namespace: str, name: str) -> tuple[wire.Service | None, list[wire.EndpointSlice]]:
+        """The Service of that name, as merged from all sources, and its slices."""
+        service: wire.Service | None = self._merged.get("Service", {}).get(f"{namespace}/{name}")
+        return service, [it for placed in self._slices.get((namespace, name), {}).values() for it in placed]
+
+    def unserved(self, namespace: str, name: str) -> str | None:
+        """Why the Service of that name means nothing to this proxy; ``None`` where it does."""
+        service, _slices = self.objectsOf(namespace, name)
+        return "no source has it" if service is None else unconcerning(service, self._proxyName)
 
     def quarantined(self) -> list[dict[str, str]]:
         """Objects that cannot be read, and whether an earlier version of them serves on."""

@@ -30,12 +30,21 @@ from ..core.values import (
 )
 from ..interfaces import IDataplane, ILoadBalancer, IProxier, IRulePlane, ITrafficObserver, KproxyError
 from .ports import PortRange
-from .redirect import KINDS, Pace, Socket, closed, openingError, poolsOf, redirected, same
+from .redirect import (
+    KINDS,
+    NO_SCTP,
+    Pace,
+    Socket,
+    closed,
+    homeless,
+    openingError,
+    poolsOf,
+    preferred,
+    redirected,
+    same,
+)
 
 ProxierFactory: TypeAlias = Callable[[Any, PoolName, ILoadBalancer, ITrafficObserver], IProxier]
-
-_NO_SCTP = "SCTP is not served in userspace mode; its clients are refused"
-
 
 @implementer(IDataplane)
 class UserspaceDataplane:
@@ -224,7 +233,7 @@ class UserspaceDataplane:
         """
         name = port.name
         if name.protocol == "SCTP":
-            self._refuse(name, _NO_SCTP)
+            self._refuse(name, NO_SCTP)
             return same(before, closed(port))
         address = self._addresses[name.family]
         needed = poolsOf(port)
@@ -241,7 +250,7 @@ class UserspaceDataplane:
             if kind not in needed:
                 continue
             if address is None:
-                fault = f"this node has no {name.family} address"
+                fault = homeless(name.family)
                 continue
             if it is None:
                 pace.step()
@@ -264,10 +273,7 @@ class UserspaceDataplane:
 
     def _preferred(self, port: ServicePort, kind: PoolKind) -> int:
         """Where rules left by an earlier run lead its clients: listening there keeps them served."""
-        for frontend in port.frontends:
-            if frontend.pool == kind:
-                return self._rules.targetInForce(port.key(frontend)) or 0
-        return 0
+        return preferred(port, kind, self._rules.targetInForce)
 
     def _refuse(self, name: ServicePortName, reason: str) -> None:
         if self._refused.get(name) != reason:
