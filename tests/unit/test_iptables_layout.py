@@ -242,7 +242,9 @@ _clusterIPs = st.frozensets(st.sampled_from(["10.96.0.1", "10.96.0.2", "10.97.0.
 
 _rulesets = st.builds(
     Ruleset,
-    st.dictionaries(_keys, _rules, max_size=6),
+    st.dictionaries(_keys, _rules, max_size=6).map(
+        lambda rules: {it: rule if it.address else Rule(rule.outside, rule.inside) for it, rule in rules.items()}
+    ),
     st.frozensets(_guards, max_size=3),
     _clusterIPs,
     _localities,
