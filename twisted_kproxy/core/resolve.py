@@ -44,8 +44,11 @@ def concerns(service: wire.Service, proxyName: str = "") -> bool:
     """
     Whether a Service is for a service proxy at all, and for one of that name (KEP-2447).
 
-    ExternalName is a matter for DNS; a headless Service has no address to capture.
+    ExternalName is a matter for DNS; a headless Service has no address to capture, and one that is labelled as headless
+    is to be treated as such (kubernetes ``cmd/kube-proxy/app/server.go``).
     """
+    if wire.HEADLESS_LABEL in (service.metadata.labels or {}):
+        return False
     if (service.metadata.label(wire.PROXY_NAME_LABEL) or "") != proxyName:
         return False
     if proxyName == "" and wire.PROXY_NAME_LABEL in (service.metadata.labels or {}):
