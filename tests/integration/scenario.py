@@ -6,8 +6,8 @@ Other than there,
 
 - nothing takes longer than it must: every change must be in force within two seconds (:data:`VISIBLE`) and whatever is
   asked then must be right at once, where the originals try again for half a minute;
-- ``min-sync-period`` is 100 ms, so that hundreds of changes need no hundreds of seconds; the scenarios in
-  ``test_e2e_disruptive.py`` have the default;
+- ``min-sync-period`` is 100 ms, so that hundreds of changes need no hundreds of seconds; in
+  ``test_e2e_upheavals.py`` it is the default, a second;
 - both families are asked.
 """
 
@@ -72,6 +72,7 @@ class Scenario:
     timeout = 120
     _nodePorts = itertools.count(30200)
     _names = itertools.count(1)
+    _ports = itertools.count(12340)
 
     def setUp(self: Any) -> None:
         if os.geteuid():
@@ -97,6 +98,7 @@ class Scenario:
         more: Any = None,
         labels: Any = None,
         status: Any = None,
+        seconds: float = VISIBLE,
         **spec: Any,
     ) -> Json:
         """A Service with these pods behind it, in force everywhere. It goes with the test."""
@@ -106,7 +108,7 @@ class Scenario:
         if status:
             it["status"] = {"loadBalancer": {"ingress": [{"ip": ip} for ip in status]}}
         self.addCleanup(self.drop, name)
-        self.world.apply(it, *self.slices(it, *pods, ports=slicePorts, more=more), seconds=VISIBLE)
+        self.world.apply(it, *self.slices(it, *pods, ports=slicePorts, more=more), seconds=seconds)
         return it
 
     def drop(self: Any, name: str) -> None:
@@ -230,12 +232,30 @@ class Scenario:
 
         return ask
 
+    def talker(self: Any, place: str, target: Target) -> Talker:
+        """A client that keeps its port."""
+        it = Talker(self.rig, place, target, next(self._ports))
+        self.addCleanup(it.close)
+        return it
+
+    def cycles(self: Any, it: Json, talkers: list[Talker], first: str, second: str, ports: Any) -> None:
+        """The first pod comes; the second one comes, the first goes; and all over again with the parts exchanged."""
+        for old, new in ((first, second), (second, first)):
+            self.behind(it, old, ports=ports)
+            for talker in talkers:
+                talker.hears(old)
+            self.behind(it, old, new, ports=ports)
+            self.behind(it, new, ports=ports)
+            for talker in talkers:
+                talker.hears(new)
+
 
 class Talker:
     """
     A client that keeps its port: a datagram every 50 ms, whatever becomes of it.
 
     :ivar last: who answered last; ``""`` for nobody.
+    :ivar misses: how many had no answer since.
     """
 
     def __init__(self, rig: Rig, place: str, target: Target, own: int = 12345) -> None:
@@ -247,6 +267,7 @@ class Talker:
         self._socket.settimeout(0.05)
         self._stop = threading.Event()
         self.last = ""
+        self.misses = 0
         self._thread = threading.Thread(target=self._talk)
         self._thread.start()
 
@@ -255,16 +276,17 @@ class Talker:
             try:
                 self._socket.send(b"hostname")
                 self.last = self._socket.recv(1000).split()[0].decode()
+                self.misses = 0
             except OSError:  # refused, or no answer
-                continue
+                self.misses += 1
 
     def hears(self, whom: str, seconds: float = 5) -> None:
         """:raise AssertionError: where it is not so within so many seconds (upstream: 60)."""
         waitFor(lambda: self.last == whom, seconds)
 
-    def forget(self) -> None:
-        """What was heard until now does not count."""
-        self.last = ""
+    def unanswered(self, count: int) -> None:
+        """Until so many datagrams one after the other had no answer."""
+        waitFor(lambda: self.misses >= count, 10)
 
     def close(self) -> None:
         self._stop.set()
