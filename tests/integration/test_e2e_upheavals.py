@@ -13,7 +13,7 @@ from twisted.trial.unittest import TestCase
 
 from tests.fakes.network import waitFor
 
-from .scenario import BOTH, Json, Load, Scenario, port
+from .scenario import BOTH, PLACES, Json, Load, Scenario, port
 from .test_e2e_networking import HTTP, SLICE, UDP
 
 #: requests during which there is no API server: ten seconds' worth
@@ -65,7 +65,7 @@ class UpheavalsCore(Scenario):
         return self.make("p0a", "p1a", ports=[HTTP, UDP], slicePorts=SLICE)
 
     def serves(self: Any, targets: Any, udp: bool) -> bool:
-        return all(self.ask("p0b", target, udp, 0.2).name in BOTH for target in targets)
+        return all(self.ask(place, target, udp, 0.2).name in BOTH for place in PLACES for target in targets)
 
 
 class UpheavalsMore(UpheavalsCore):
