@@ -1,8 +1,8 @@
 """
 Which of Kubernetes' end-to-end tests of service proxies are told as scenarios here, and where.
 
-A scenario's docstring begins with the title of the original in quotes. ``python -m tests.integration.titles`` prints the
-list; ``tests/unit/test_titles.py`` sees to it that no title is missing and none is invented.
+A scenario's docstring begins with the title of the original in quotes. ``python -m tests.integration.titles`` prints
+the list; ``tests/unit/test_titles.py`` sees to it that no title is missing and none is invented.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ WANTED: dict[str, tuple[str, ...]] = {
         should serve endpoints on same port and different protocols
         should serve endpoints on same port and different protocol for internal traffic on Type LoadBalancer
         should allow creating a basic SCTP service with pod and endpoints
-    """),
+    """),  # noqa: E501
     "Conntrack": _lines("""
         should be able to preserve UDP traffic when server pod cycles for a NodePort service
         should be able to preserve UDP traffic when server pod cycles for a ClusterIP service
