@@ -108,7 +108,7 @@ async def nftChange(reactor: Any) -> None:
             before: dict[Any, Rule] = {}
 
             def byTool(n: int, before: dict[Any, Rule] = before) -> None:
-                script = stepText("kproxy", stepFor(before, frozenset(), Delta({WHERE: one(n)})))
+                script = stepText("kproxy", stepFor(Ruleset(before), Delta({WHERE: one(n)})))
                 before[WHERE] = one(n)
                 subprocess.run([*theirs.prefix, "nft", "-f", "-"], input=script, text=True, check=True)
 

@@ -15,7 +15,7 @@ from twisted.internet.defer import Deferred
 from twisted.logger import Logger
 from zope.interface import implementer
 
-from ..core.rules import Delta, Rule, Ruleset, applied
+from ..core.rules import Delta, Guard, Rule, Ruleset, applied
 from ..core.values import FrontendKey
 from ..interfaces import IRuleWriter, RulesNotJudged, RulesRejected
 from .netlink import Interrupted, Refused, SocketOpener
@@ -40,18 +40,22 @@ class _Known:
 
     def __init__(self, ruleset: Ruleset) -> None:
         self.rules: dict[FrontendKey, Rule] = dict(ruleset.rules)
-        self.guards = ruleset.guards
+        self.guards: set[Guard] = set(ruleset.guards)
+        self.clusterIPs: set[str] = set(ruleset.clusterIPs)
         self.locality = ruleset.locality
 
     def advancing(self, delta: Delta) -> Slices[None]:
         """The delta is in force."""
         yield from updating(self.rules, delta.rules)
-        self.guards = (self.guards - delta.guardsRemoved) | delta.guardsAdded
+        self.guards -= delta.guardsRemoved
+        self.guards |= delta.guardsAdded
+        self.clusterIPs -= delta.clusterIPsRemoved
+        self.clusterIPs |= delta.clusterIPsAdded
         if delta.locality is not None:
             self.locality = delta.locality
 
     def ruleset(self) -> Ruleset:
-        return Ruleset(dict(self.rules), self.guards, locality=self.locality)
+        return Ruleset(dict(self.rules), frozenset(self.guards), frozenset(self.clusterIPs), self.locality)
 
 
 @implementer(IRuleWriter)
@@ -161,13 +165,13 @@ class NftablesWriter:
     async def _adopt(self) -> Ruleset | None:
         self._known = None
         self._damaged = False
-        problem = await self._nft.problem()
+        problem, links = await self._nft.look()
         if problem:
             if problem != "absent":
                 self.log.info("The table {table} will be made anew: {problem}.", table=self._table, problem=problem)
             return None
         try:
-            found = await self._read()
+            found = await self._read(links)
         except Unreadable as error:
             self._damaged = True
             self.log.warn("The table {table} will be mended: {error}.", table=self._table, error=error)
@@ -175,12 +179,15 @@ class NftablesWriter:
         self._known = _Known(found)
         return found
 
-    async def _read(self) -> Ruleset:
-        """:raise Unreadable: where it is not what we write."""
+    async def _read(self, links: tuple[str, ...]) -> Ruleset:
+        """
+        :param links: of insiders, as the rules have them.
+        :raise Unreadable: where it is not what we write.
+        """
         strange: Unreadable | None = None
         if self.usesNetlink:
             try:
-                return await self._readElements()
+                return await self._readElements(links)
             except Unreadable as error:
                 strange = error
             except (OSError, Interrupted) as error:
@@ -192,9 +199,9 @@ class NftablesWriter:
             self._distrust(str(strange))
         return found
 
-    async def _readElements(self) -> Ruleset:
+    async def _readElements(self, links: tuple[str, ...]) -> Ruleset:
         collected = await self._threads.run(self._elements.collect)
-        return await inSlices(self._reactor, self._elements.reading(collected))
+        return await inSlices(self._reactor, self._elements.reading(collected, links))
 
     # --- writing ---
 
@@ -204,8 +211,12 @@ class NftablesWriter:
             if await self._adopt() is None or self._known is None:
                 raise RulesRejected("nothing of ours is in force that a step could be applied to")
             known = self._known
-        step = await self._sliced(len(delta.rules), stepping(known.rules, known.guards, delta))
-        if not step and step.insiders is None:
+        if delta.locality is not None and delta.locality.insiderLinks != known.locality.insiderLinks:
+            # These are in the rules, so the table is made anew: once in a life, when somebody configures it otherwise.
+            await self._replace(applied(known.ruleset(), delta))
+            return
+        step = await self._sliced(len(delta.rules), stepping(known, delta))
+        if not step:
             await self._sliced(len(delta.rules), known.advancing(delta))
             return
         try:
@@ -217,10 +228,15 @@ class NftablesWriter:
         await self._sliced(len(delta.rules), known.advancing(delta))
 
     async def _replace(self, ruleset: Ruleset) -> None:
-        looking = Deferred.fromCoroutine(self._nft.problem())  # it takes a while, and another process
-        step = await self._sliced(len(ruleset.rules), placing(ruleset))
-        elements = await self._sliced(len(step), elementsOf(step)) if self.usesNetlink else None
-        problem = await looking
+        looking = Deferred.fromCoroutine(self._nft.look())  # it takes a while, and another process
+        try:
+            step = await self._sliced(len(ruleset.rules), placing(ruleset))
+            elements = await self._sliced(len(step), elementsOf(step)) if self.usesNetlink else None
+        finally:
+            problem, links = await looking
+        wanted = ruleset.locality.insiderLinks
+        if not problem and links != wanted:
+            problem = "the links of insiders are others"
         damaged, self._damaged = self._damaged, False
         if not problem and self.usesNetlink:
             try:
@@ -229,7 +245,7 @@ class NftablesWriter:
             except Misfit as misfit:
                 problem = str(misfit)
         if problem or not self.usesNetlink:
-            await self._loadText(step, structure=bool(problem))
+            await self._loadText(step, wanted if problem else None)
             if problem:
                 self._known = None
                 await self._verify(ruleset)
@@ -265,7 +281,7 @@ class NftablesWriter:
         if not self.usesNetlink:
             return
         try:
-            found = await self._readElements()
+            found = await self._readElements(ruleset.locality.insiderLinks)
         except Interrupted:
             return
         except (OSError, Unreadable) as error:
@@ -282,7 +298,7 @@ class NftablesWriter:
         :raise Misfit: when the step does not fit what is there.
         """
         if not self.usesNetlink:
-            await self._loadText(step, structure=False)
+            await self._loadText(step)
             return
         try:
             if elements is None:
@@ -306,10 +322,11 @@ class NftablesWriter:
                 raise Misfit(str(error)) from error
             raise RulesNotJudged(f"the rules could not be handed to the kernel: {error}") from error
 
-    async def _loadText(self, step: Step, structure: bool) -> None:
+    async def _loadText(self, step: Step, links: tuple[str, ...] | None = None) -> None:
+        """See :meth:`~.nftprogram.NftProgram.load`."""
         script = await self._sliced(len(step), telling(self._table, step))
         try:
-            await self._nft.load(script, structure)
+            await self._nft.load(script, links)
         except RulesNotJudged:
             self._known = None
             raise
