@@ -154,7 +154,8 @@ class ChainHardships(Hardships):
         The kernel takes one table and refuses the next one (a rule of somebody else leads to ours from a hook where
         nothing may be rewritten): what was written first is taken back, and it is said why.
         """
-        old = Ruleset({key("10.96.0.1", 80): same("reject")}, frozenset({Guard("IPv4", "TCP", 7)}), ("10.244.0.0/16",))
+        guards, locality = frozenset({Guard("IPv4", "TCP", 7)}), Locality(("10.244.0.0/16",))
+        old = Ruleset({key("10.96.0.1", 80): same("reject")}, guards, locality=locality)
         writer = await self.writerWith(old)  # type: ignore[attr-defined]
         before = self.listed()
         self.do([self.stem, "-t", "nat", "-A", "POSTROUTING", "-j", "KPROXY-PORTALS-HOST"])

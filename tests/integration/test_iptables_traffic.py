@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import socket
 import threading
+from collections.abc import Iterable
 from typing import Any
 
 from twisted.internet import reactor
@@ -10,7 +12,8 @@ from twisted.internet import reactor
 from tests.integration import test_nftables_traffic as traffic
 from tests.integration.test_iptables import missing
 from tests.shared.writers import key, same
-from twisted_kproxy.core.rules import Delta, Rule, Ruleset
+from twisted_kproxy.core.rules import Delta, Rule, Ruleset, deltaBetween
+from twisted_kproxy.core.values import FAMILIES, Family, FrontendKey, Locality, Protocol
 from twisted_kproxy.netfilter.iptables import IptablesWriter
 from twisted_kproxy.netfilter.iptrestore import RestoreWriter
 
@@ -106,6 +109,148 @@ class IptablesTrafficTests(traffic.TrafficTests):
         await self.writer.replace(Ruleset(rules, self.ruleset().guards))
         for client in traffic.CLIENTS:
             self.assertIn("cluster", self.ask(client, "IPv4", "TCP", self.address("n0", "IPv4"), 30080))
+
+
+    # --- what is said of addresses ---
+
+    def asked(self, client: str, places: Iterable[tuple[Family, Protocol, str, int]]) -> set[str]:
+        """What a client comes to at all of these: all of the answers, without addresses."""
+        return {self.ask(client, *place, timeout=0.4 if self.quiet else 3).split()[0] for place in places}
+
+    quiet = False
+
+    async def test_sources(self) -> None:
+        """Who is not in the source ranges gets no answer from the frontend, be it an outsider, a pod or the node."""
+        lengths = {"IPv4": 32, "IPv6": 128}
+        hosts = {it: [f"{self.address(it, family)}/{lengths[family]}" for family in FAMILIES] for it in traffic.CLIENTS}
+        for allowed in (*traffic.CLIENTS, ""):
+            rules: dict[FrontendKey, Rule] = {}
+            for family, protocol in traffic.EVERY:
+                sources = tuple(it for it in hosts.get(allowed, ()) if (":" in it) == (family == "IPv6"))
+                local, cluster = self.to(family, protocol, "local"), self.to(family, protocol)
+                rules[key(traffic.EXTERNAL[family], 443, protocol)] = Rule(local, cluster, sources)
+                rules[key(traffic.EXTERNAL[family], 444, protocol)] = Rule("reject", "reject", sources)
+            await self.writer.replace(Ruleset(rules, self.ruleset().guards, locality=Locality(traffic.INSIDERS)))
+            for client in traffic.CLIENTS:
+                self.quiet = client != allowed
+                for port in (443, 444):
+                    found = self.asked(client, [(f, p, traffic.EXTERNAL[f], port) for f, p in traffic.EVERY])
+                    expected = "refused" if port == 444 else "local" if client == "x" else "cluster"
+                    what = f"{client} dials {port}, which is for {allowed}"
+                    self.assertEqual((what, found), (what, {"timeout" if self.quiet else expected}))
+
+    async def test_sourcesOfTheNodesAddress(self) -> None:
+        """
+        The same on a node that has the frontend's address itself, and whose node port another service has: who is not
+        in the ranges reaches neither that, nor what listens there.
+        """
+        rules: dict[FrontendKey, Rule] = {}
+        for family, protocol in traffic.EVERY:
+            sources = ("10.244.0.0/16",) if family == "IPv4" else ("fd00:10:244::/56",)
+            own = self.address("n0", family)
+            rules[key(own, 30080, protocol)] = same(self.to(family, protocol), sources)
+            rules[key("", 30080, protocol, family)] = same(self.to(family, protocol, "local"))
+            port = self.servers.listen("beside", traffic.SOCKETS[family], traffic.KINDS[protocol])
+            rules[key(own, port, protocol)] = same(self.to(family, protocol), sources)
+        await self.writer.replace(Ruleset(rules, self.ruleset().guards, locality=Locality(traffic.INSIDERS)))
+        for client in traffic.CLIENTS:
+            self.quiet = client != "p0a"
+            places = [(it.family, it.protocol, it.address, it.port) for it in rules if it.address]
+            self.assertEqual((client, self.asked(client, places)), (client, {"timeout" if self.quiet else "cluster"}))
+        self.quiet = False
+        loopback = [(f, p, traffic.LOOPBACK[f], 30080) for f, p in traffic.EVERY]
+        self.assertEqual(self.asked("n0", loopback), {"local"})
+
+    async def test_clusterIPs(self) -> None:
+        """
+        Unknown ports of a ClusterIP are refused at once, whatever the protocol, whether its network is known or not; an
+        address in the network that no Service has does not answer.
+        """
+        ruleset = self.ruleset()
+        addresses = frozenset(traffic.CLUSTER.values())
+        networks = ("10.96.0.0/16", "fd00:10:96::/112")
+        for services in ((), networks):
+            locality = Locality(traffic.INSIDERS, services=services)
+            await self.writer.replace(Ruleset(ruleset.rules, ruleset.guards, addresses, locality))
+            for client in traffic.CLIENTS:
+                self.quiet = False
+                known = [(f, p, traffic.CLUSTER[f], 80) for f, p in traffic.EVERY]
+                self.assertEqual((client, self.asked(client, known)), (client, {"cluster"}))
+                unknown = [(f, p, traffic.CLUSTER[f], 81) for f, p in traffic.EVERY]
+                self.assertEqual((client, services, self.asked(client, unknown)), (client, services, {"refused"}))
+                for _ in range(20):
+                    self.assertEqual(self.ask(client, "IPv4", "TCP", traffic.CLUSTER["IPv4"], 82), "refused")
+                self.quiet = True
+                free = [(f, p, {"IPv4": "10.96.9.9", "IPv6": "fd00:10:96::99"}[f], 80) for f, p in traffic.EVERY]
+                if services:
+                    self.assertEqual((client, self.asked(client, free)), (client, {"timeout"}))
+        with self.rig.open("p0a"):
+            ping = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP)
+        with ping:
+            ping.settimeout(3)
+            ping.setsockopt(socket.IPPROTO_IP, 11, 1)  # IP_RECVERR
+            ping.connect((traffic.CLUSTER["IPv4"], 0))
+            ping.send(bytes.fromhex("0800f7ff00000000"))  # an echo request
+            self.assertRaises(ConnectionRefusedError, ping.recv, 200)
+        # A step: the address goes with its last service, and is one of nobody's then.
+        gone = Ruleset({}, ruleset.guards, frozenset(), Locality(traffic.INSIDERS, services=networks))
+        await self.writer.apply(deltaBetween(Ruleset(ruleset.rules, ruleset.guards, addresses, gone.locality), gone))
+        self.assertEqual(self.asked("p0a", [(f, p, traffic.CLUSTER[f], 81) for f, p in traffic.EVERY]), {"timeout"})
+
+    async def test_refusedBeforeItsAddress(self) -> None:
+        """A frontend that is dropped from some step on is, though its address was there before, to refuse the rest."""
+        for services in ((), ("10.96.0.0/16",)):
+            locality = Locality(traffic.INSIDERS, services=services)
+            old = Ruleset({}, frozenset(), frozenset({"10.96.0.10"}), locality)
+            await self.writer.replace(old)
+            await self.writer.apply(Delta({key("10.96.0.10", 83): same("drop")}))
+            self.assertEqual(self.ask("p0a", "IPv4", "TCP", "10.96.0.10", 83, 0.4), "timeout")
+            self.assertEqual(self.ask("p0a", "IPv4", "TCP", "10.96.0.10", 84), "refused")
+
+    async def test_nodePortAddresses(self) -> None:
+        """Node ports, and those that are refused, are ports of certain addresses of the node only."""
+        ruleset = self.ruleset()
+        rules = {it: rule for it, rule in ruleset.rules.items() if not it.address}
+        bridge = {"IPv4": "10.244.0.1", "IPv6": "fd00:10:244::1"}
+        for at, locality in (
+            ({"x", "p0a", "n0"}, Locality(traffic.INSIDERS, nodePorts=("192.0.2.0/24", "2001:db8:2::/64"))),
+            ({"n0"}, Locality(traffic.INSIDERS, nodePorts=("127.0.0.0/8", "::1/128"))),
+            (set(), Locality(traffic.INSIDERS, nodePorts=())),
+        ):
+            await self.writer.replace(Ruleset(rules, ruleset.guards, locality=locality))
+            outer = "x" in at
+            for client in traffic.CLIENTS:
+                own = [(f, p, self.address("n0", f), 30080) for f, p in traffic.EVERY]
+                served = {"local" if client == "x" else "cluster"}
+                self.assertEqual((client, self.asked(client, own)), (client, served if outer else {"refused"}))
+                if client != "x":
+                    inner = [(f, p, bridge[f], 30080) for f, p in traffic.EVERY]
+                    self.assertEqual((client, self.asked(client, inner)), (client, {"refused"}))
+            loopback = [(f, p, traffic.LOOPBACK[f], 30080) for f, p in traffic.EVERY]
+            self.assertEqual(self.asked("n0", loopback), {"cluster"} if at == {"n0"} else {"refused"})
+        # A port that is refused at one address is whose it is at another.
+        refused = {key("", 30081, "TCP", "IPv4"): same("reject")}
+        await self.writer.replace(Ruleset(refused, locality=Locality(nodePorts=("10.244.0.0/16",))))
+        self.servers.listen("beside", traffic.SOCKETS["IPv4"], traffic.KINDS["TCP"], 30081)
+        for address, expected in ((self.address("n0", "IPv4"), "beside"), ("10.244.0.1", "refused")):
+            self.assertEqual(self.asked("p0a", [("IPv4", "TCP", address, 30081)]), {expected})
+
+    async def test_insiderLinks(self) -> None:
+        """Who comes in by an interface of pods is inside, as is the node, and nobody else."""
+        ruleset = self.ruleset()
+        cases = ((("cbr",), {"p0a", "n0"}), (("cb*", "veth*"), {"p0a", "n0"}), (("eth0",), {"x", "n0"}), ((), {"n0"}))
+        for links, insiders in cases:
+            locality = Locality(insiderLinks=links)
+            await self.writer.replace(Ruleset(ruleset.rules, ruleset.guards, locality=locality))
+            self.assertEqual((await self.makeWriter().adopt()).locality, locality)
+            for client in traffic.CLIENTS:
+                found = self.asked(client, [(f, p, traffic.EXTERNAL[f], 443) for f, p in traffic.EVERY])
+                expected = "cluster" if client in insiders else "local"
+                self.assertEqual((links, client, found), (links, client, {expected}))
+        refusing = {key(traffic.EXTERNAL["IPv4"], 443): Rule("drop", "reject")}
+        await self.writer.replace(Ruleset(refusing, locality=Locality(insiderLinks=("cb*",))))
+        for client, expected in (("p0a", "refused"), ("n0", "refused"), ("x", "timeout")):
+            self.assertEqual(self.ask(client, "IPv4", "TCP", traffic.EXTERNAL["IPv4"], 443, 0.5), expected)
 
 
 class RestoreLegacyTrafficTests(IptablesTrafficTests):

@@ -17,7 +17,7 @@ from tests.shared.echo import EchoServers, ask
 from tests.shared.namespaces import canMakeNamespaces
 from tests.shared.writers import key, many, same
 from twisted_kproxy.core.rules import Guard, Rule, Ruleset, Target, Verdict, deltaBetween
-from twisted_kproxy.core.values import FAMILIES, Family, FrontendKey, Protocol
+from twisted_kproxy.core.values import FAMILIES, Family, FrontendKey, Locality, Protocol
 from twisted_kproxy.netfilter.nftables import NftablesWriter
 
 SOCKETS = {"IPv4": socket.AF_INET, "IPv6": socket.AF_INET6}
@@ -75,7 +75,7 @@ class TrafficTests(TestCase):
             for frontend in (key("", 30080, protocol, family), key(EXTERNAL[family], 443, protocol)):
                 rules[frontend] = Rule(outside=outside or local, inside=inside or outside or cluster)
         guards = frozenset(Guard(family, protocol, port) for (family, protocol, _), port in self.ports.items())
-        return Ruleset(rules, guards, INSIDERS)
+        return Ruleset(rules, guards, locality=Locality(INSIDERS))
 
     def dialled(self, client: str) -> Iterator[tuple[Family, Protocol, str, int, str]]:
         """Everything that a client may dial, and who serves it."""
@@ -142,7 +142,7 @@ class TrafficTests(TestCase):
         """Without local endpoints outsiders are not answered; pods and the node are served by the others."""
         full = self.ruleset()
         rules = {it: Rule("drop", rule.inside) if it.port != 80 else rule for it, rule in full.rules.items()}
-        await self.writer.replace(Ruleset(rules, full.guards, INSIDERS))
+        await self.writer.replace(Ruleset(rules, full.guards, locality=Locality(INSIDERS)))
         for client in CLIENTS:
             for family, protocol, address, port, name in self.dialled(client):
                 answer = self.ask(client, family, protocol, address, port, 0.2 if client == "x" else 3)
@@ -154,7 +154,7 @@ class TrafficTests(TestCase):
         """The other way round: pods and the node are refused where outsiders are served."""
         full = self.ruleset()
         rules = {it: Rule(rule.outside, "reject") if it.port != 80 else rule for it, rule in full.rules.items()}
-        await self.writer.replace(Ruleset(rules, full.guards, INSIDERS))
+        await self.writer.replace(Ruleset(rules, full.guards, locality=Locality(INSIDERS)))
         for client in CLIENTS:
             for family, protocol, address, port, name in self.dialled(client):
                 answer = self.ask(client, family, protocol, address, port)
@@ -204,7 +204,7 @@ class TrafficTests(TestCase):
             for family, protocol in EVERY:
                 rules[key(self.address("n0", family), 30080, protocol)] = same(refusal)  # type: ignore[arg-type]
                 rules[key("", 30080, protocol, family)] = same(self.to(family, protocol))
-            await self.writer.replace(Ruleset(rules, self.ruleset().guards, INSIDERS))
+            await self.writer.replace(Ruleset(rules, self.ruleset().guards, locality=Locality(INSIDERS)))
             for family, protocol in EVERY:
                 for client in CLIENTS:
                     found = self.ask(client, family, protocol, self.address("n0", family), 30080, 0.2)
@@ -220,7 +220,7 @@ class TrafficTests(TestCase):
                 rule = Rule(outside=local, inside="reject") if inside else Rule(outside="reject", inside=local)
                 rules[key(self.address("n0", family), 30080, protocol)] = rule
                 rules[key("", 30080, protocol, family)] = same(self.to(family, protocol))
-            await self.writer.replace(Ruleset(rules, self.ruleset().guards, INSIDERS))
+            await self.writer.replace(Ruleset(rules, self.ruleset().guards, locality=Locality(INSIDERS)))
             for family, protocol in EVERY:
                 for client in CLIENTS:
                     found = self.ask(client, family, protocol, self.address("n0", family), 30080, 2)
@@ -260,7 +260,10 @@ class TrafficTests(TestCase):
 
     async def _hammered(self, writer: NftablesWriter) -> None:
         mine = self.ruleset()
-        rulesets = [Ruleset({**many(2000, port).rules, **mine.rules}, mine.guards, INSIDERS) for port in (20000, 30000)]
+        rulesets = [
+            Ruleset({**many(2000, port).rules, **mine.rules}, mine.guards, locality=Locality(INSIDERS))
+            for port in (20000, 30000)
+        ]
         await writer.replace(rulesets[0])
         failed: list[str] = []
         served = 0

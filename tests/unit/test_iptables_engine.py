@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from msgspec import structs
 from twisted.trial.unittest import SkipTest, SynchronousTestCase
 
 from tests.shared.writers import NODE6, SAMPLE, key, many, same, to
 from twisted_kproxy.core.rules import Delta, Guard, Ruleset
+from twisted_kproxy.core.values import Locality
 from twisted_kproxy.netfilter.xtlayout import CHAINS, GUARD, HOOKS, JUMPS, render
 from twisted_kproxy.netfilter.xtwire import Reply, Request
 
 try:
-    from twisted_kproxy.netfilter import xtedits, xtengine, xttables
+    from twisted_kproxy.netfilter import xtengine, xttables
     from twisted_kproxy.netfilter.xtcheck import Checked
 except Exception as error:
     unavailable = f"python-iptables cannot be used here: {error}"
@@ -66,7 +68,16 @@ class FakeTable:
         return [(data, "") for data in self.edited[chain]]
 
     def content(self) -> dict[str, list[bytes]] | None:
-        return {chain: list(entries) for chain, entries in self.edited.items()} or None
+        return {chain: list(self.edited.get(chain, ())) for chain in CHAINS[self.name]} if self.edited else None
+
+    def isOlder(self) -> bool:
+        return not set(CHAINS[self.name]) <= self.edited.keys()
+
+    def normalised(self, chain: str) -> list[bytes]:
+        return list(self.edited[chain])
+
+    def normal(self, data: bytes, target: str) -> bytes:
+        return data
 
     def jumpsStand(self) -> bool:
         return self.jumpsAreRight
@@ -74,6 +85,10 @@ class FakeTable:
     def append(self, chain: str, entries: list[bytes]) -> None:
         self.dirty = self.dirty or bool(entries)
         self.edited[chain] += entries
+
+    def prepend(self, chain: str, data: bytes) -> None:
+        self.dirty = True
+        self.edited[chain].insert(0, data)
 
     def delete(self, chain: str, entries: list[bytes]) -> None:
         for data in entries:
@@ -140,7 +155,6 @@ class EngineTests(SynchronousTestCase):
         self.patch(xttables, "Lock", FakeLock)
         self.patch(xttables, "tableNames", self.kernel.names)
         self.patch(xttables, "counts", self.kernel.counts)
-        self.patch(xtedits, "normalised", lambda family, data: data)
         self.checked = Checked({}, {}, True)
         self.patch(xtengine, "run", lambda: self.checked)
         self.waits: list[float] = []
@@ -157,18 +171,12 @@ class EngineTests(SynchronousTestCase):
         return reply
 
     def replace(self, ruleset: Ruleset) -> Reply:
-        return self.serve(
-            "replace", rules=list(ruleset.rules.items()), guards=ruleset.guards, insiders=ruleset.locality.insiders
-        )
+        reply: Reply = self.engine.serve(Request.replacing(ruleset))
+        return reply
 
     def apply(self, delta: Delta) -> Reply:
-        return self.serve(
-            "apply",
-            rules=list(delta.rules.items()),
-            guards=delta.guardsAdded,
-            guardsRemoved=delta.guardsRemoved,
-            insiders=delta.locality.insiders if delta.locality is not None else None,
-        )
+        reply: Reply = self.engine.serve(Request.applying(delta))
+        return reply
 
     def inForce(self) -> Ruleset | None:
         """Read by another worker."""
@@ -337,7 +345,7 @@ class EngineTests(SynchronousTestCase):
         """Families that were written at different times are not taken for one ruleset."""
         self.replace(SAMPLE)
         old = self.kernel.table("IPv6", "nat").committed
-        self.replace(Ruleset(SAMPLE.rules, SAMPLE.guards, ("10.0.0.0/8",)))
+        self.replace(structs.replace(SAMPLE, locality=Locality(("10.0.0.0/8",))))
         self.kernel.table("IPv6", "nat").committed = old
         self.assertIsNone(self.inForce())
 

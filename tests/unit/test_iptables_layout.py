@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import random
 import struct
+from collections.abc import Callable
+from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 from twisted.trial.unittest import SynchronousTestCase
 
 from tests.shared.writers import NODE4, NODE6, SAMPLE, key, many, same, to
 from twisted_kproxy.core.rules import Delta, Guard, Rule, Ruleset, Target, applied, deltaBetween
-from twisted_kproxy.core.values import FAMILIES, Family, FrontendKey, Locality
+from twisted_kproxy.core.values import EVERYWHERE, FAMILIES, Family, FrontendKey, Locality
+from twisted_kproxy.netfilter.ruleset import Invalid
 from twisted_kproxy.netfilter.xtbytes import (
     ACCEPT,
     DROP,
@@ -36,13 +40,16 @@ from twisted_kproxy.netfilter.xtlayout import (
     REFUSE,
     TABLES,
     Content,
-    Invalid,
-    check,
-    insidersOf,
-    reconstruct,
+    Place,
+    frontendOf,
+    placeOf,
     render,
     ruleEntries,
 )
+from twisted_kproxy.netfilter.xtread import joined, reconstruct
+from twisted_kproxy.netfilter.xtsteps import editsOf, flat, mendOf
+from twisted_kproxy.netfilter.xttext import entryOf, textOf
+from twisted_kproxy.netfilter.xtvalid import check
 
 #: What libxtables 1.8.9 makes of ``-s 10.1.0.0/16 -d 10.0.0.1 -p tcp -m comment --comment "kproxy x" -m tcp --dport 80
 #: -j DNAT --to-destination 192.168.0.9:4000``.
@@ -156,17 +163,25 @@ def allBytes(ruleset: Ruleset, family: Family) -> list[bytes]:
 
 def both(ruleset: Ruleset) -> Ruleset:
     """Rendered and read back, family by family."""
-    rules: dict[FrontendKey, Rule] = {}
-    guards: set[Guard] = set()
-    for family in FAMILIES:
-        found = reconstruct(family, render(ruleset, family))
-        rules.update(found.rules)
-        guards.update(found.guards)
-    return Ruleset(rules, frozenset(guards), locality=found.locality)
+    found = joined({family: reconstruct(family, render(ruleset, family)) for family in FAMILIES})
+    assert found is not None
+    return found
 
 
 _verdicts = st.sampled_from(["reject", "drop", to(1), to(2)])
-_rules = st.builds(Rule, _verdicts, _verdicts)
+_sources = st.sampled_from(
+    [
+        None,
+        (),
+        ("0.0.0.0/0",),
+        ("10.0.0.0/8",),
+        ("10.1.2.0/24", "192.0.2.1/32"),
+        ("0.0.0.0/1", "128.0.0.0/2"),
+        ("255.255.255.255/32",),
+        ("198.51.100.0/24", "203.0.113.0/25", "203.0.113.200/32"),
+    ]
+)
+_rules = st.builds(Rule, _verdicts, _verdicts, _sources)
 _keys = st.builds(
     FrontendKey,
     st.just("IPv4"),
@@ -179,6 +194,32 @@ _guards = st.builds(
 )
 _insiders = st.sampled_from(
     [(), ("10.0.0.0/8",), ("0.0.0.0/0",), ("fd00::/8", "10.1.0.0/16", "10.0.0.0/16"), ("::/0",)]
+)
+_links = st.sampled_from([(), ("cbr0",), ("cali*",), ("a" * 15, "a" * 15 + "*", "a" * 14 + "*", "eth0.7", "#x@y")])
+_nodePorts = st.sampled_from(
+    [
+        EVERYWHERE,
+        (),
+        ("192.0.2.2/32",),
+        ("10.0.0.0/8", "127.0.0.0/8", "::1/128"),
+        ("0.0.0.0/0",),
+        ("::/0",),
+        ("255.255.255.255/32", "::/0"),
+    ]
+)
+_services = st.sampled_from(
+    [(), ("10.96.0.0/24",), ("10.96.0.1/32", "10.97.0.0/16", "fd00:10:96::/112"), ("0.0.0.0/0",)]
+)
+_localities = st.builds(Locality, _insiders, _links, _nodePorts, _services)
+_clusterIPs = st.frozensets(st.sampled_from(["10.96.0.1", "10.96.0.2", "10.97.0.1", "192.0.2.9"]))
+
+
+_rulesets = st.builds(
+    Ruleset,
+    st.dictionaries(_keys, _rules, max_size=6),
+    st.frozensets(_guards, max_size=3),
+    _clusterIPs,
+    _localities,
 )
 
 
@@ -196,19 +237,35 @@ class LayoutTests(SynchronousTestCase):
         self.assertEqual(deltaBetween(SAMPLE, both(SAMPLE)), Delta())
         self.assertEqual(both(many(500)), many(500))
 
-    @given(
-        st.dictionaries(_keys, _rules, max_size=6), st.frozensets(_guards, max_size=3), _insiders, st.randoms()
-    )  # fmt: skip
-    @settings(deadline=None, max_examples=150)
-    def test_anyRuleset(
-        self, rules: dict[FrontendKey, Rule], guards: frozenset[Guard], insiders: tuple[str, ...], draw: random.Random
-    ) -> None:
-        """Any ruleset comes back, in whatever order its frontends were written."""
-        ruleset = Ruleset(rules, guards, locality=Locality(insiders))
-        order = list(rules.items())
+    @given(_rulesets, st.randoms())
+    @settings(deadline=None, max_examples=300)
+    def test_anyRuleset(self, ruleset: Ruleset, draw: random.Random) -> None:
+        """Any ruleset comes back, in whatever order its frontends were written, as bytes and as text."""
+        check(ruleset)
+        order = list(ruleset.rules.items())
         draw.shuffle(order)
-        shuffled = Ruleset(dict(order), guards, insiders)
+        shuffled = structs.replace(ruleset, rules=dict(order))
         self.assertEqual(reconstruct("IPv4", render(shuffled, "IPv4")), ruleset)
+        texts = render(shuffled, "IPv4", textOf)
+        self.assertEqual(reconstruct("IPv4", mapped(texts, lambda text: pack(entryOf("IPv4", text)))), ruleset)
+
+    @given(_rulesets, _rulesets)
+    @settings(deadline=None, max_examples=200)
+    def test_anyStep(self, old: Ruleset, other: Ruleset) -> None:
+        """The edits of any step lead to the chains of what it comes to, and mending does so from anywhere."""
+        new = structs.replace(other, locality=old.locality)
+        delta = deltaBetween(old, new)
+        content = copied(render(old, "IPv4"))
+        it = editsOf("IPv4", old, new, delta, pack)
+        edited(content, it.natGone + it.filterGone, it.filterFirst, it.guardsNew + it.natNew + it.filterNew)
+        self.assertEqual(reconstruct("IPv4", content), new)
+        content, wanted = copied(render(old, "IPv4")), render(other, "IPv4")
+        for table in TABLES:
+            mend = mendOf(content.of(table), wanted.of(table), lambda chain, it: frontendOf(chain, parse("IPv4", it)))
+            for chain in mend.whole:
+                content.of(table)[chain][:] = wanted.of(table)[chain]
+            edited(content, flat(mend.gone), flat(mend.first), flat(mend.come))
+        self.assertEqual(reconstruct("IPv4", content), other)
 
     def test_damage(self) -> None:
         """Whichever one rule is missing, doubled or moved to another chain: the rest is not taken for a ruleset."""
@@ -257,7 +314,7 @@ class LayoutTests(SynchronousTestCase):
 
     def test_insideFirst(self) -> None:
         """Insiders' rules come before the one for everybody; the node's own have a chain of their own."""
-        own = insidersOf("IPv4", ("10.1.0.0/16", "fd00::/8", "10.2.0.0/16"))
+        own = placeOf("IPv4", Locality(("10.1.0.0/16", "fd00::/8", "10.2.0.0/16")))
         entries = list(ruleEntries(key("203.0.113.5", 80), Rule(to(1), to(2)), own))
         self.assertEqual(
             [(chain, entry.source, entry.target) for _, chain, entry in entries],
@@ -278,8 +335,9 @@ class LayoutTests(SynchronousTestCase):
 
     def test_everybodyIsInside(self) -> None:
         """A pod network of everything is still a condition that can be told from none."""
-        self.assertEqual(insidersOf("IPv4", ("0.0.0.0/0",)), ("0.0.0.0/1", "128.0.0.0/1"))
-        self.assertEqual(insidersOf("IPv6", ("::/0",)), ("::/1", "8000::/1"))
+        everything = Locality(("0.0.0.0/0", "::/0"))
+        self.assertEqual(placeOf("IPv4", everything), Place(("0.0.0.0/1", "128.0.0.0/1")))
+        self.assertEqual(placeOf("IPv6", everything), Place(("::/1", "8000::/1")))
 
     def test_check(self) -> None:
         """What the kernel could not take is refused by name."""
@@ -305,8 +363,28 @@ class LayoutTests(SynchronousTestCase):
         self.assertEqual(both(applied(SAMPLE, step)), applied(SAMPLE, step))
 
 
-def copied(content: Content) -> Content:
+def mapped(content: Content[Any], form: Callable[[Any], Any]) -> Content[Any]:
     return Content(
-        {chain: list(entries) for chain, entries in content.nat.items()},
-        {chain: list(entries) for chain, entries in content.filter.items()},
+        {chain: [form(it) for it in entries] for chain, entries in content.nat.items()},
+        {chain: [form(it) for it in entries] for chain, entries in content.filter.items()},
     )
+
+
+def copied(content: Content[Any]) -> Content[Any]:
+    return mapped(content, lambda it: it)
+
+
+def edited(
+    content: Content[bytes],
+    gone: list[tuple[str, bytes]],
+    first: list[tuple[str, bytes]],
+    come: list[tuple[str, bytes]],
+) -> None:
+    """What the writers do with a step."""
+    chains = {**content.nat, **content.filter}
+    for chain, data in gone:
+        chains[chain].remove(data)
+    for chain, data in reversed(first):
+        chains[chain].insert(0, data)
+    for chain, data in come:
+        chains[chain].append(data)

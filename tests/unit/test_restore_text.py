@@ -84,10 +84,12 @@ class TextTests(SynchronousTestCase):
         self.assertEqual(entryOf("IPv4", good).port, 80)
         for bad in (
             good.replace("-d ", "! -d "),
-            good.replace("-p tcp", "-i eth0 -p tcp"),
+            good.replace("-p tcp", "-o eth0 -p tcp"),
             good.replace("--dport 80", "--dport 80:90"),
             good.replace("--dport 80", "--sport 80"),
             good.replace("/32", "/24"),
+            good.replace("/32", "/33"),
+            good.replace("-p tcp", "-i a-name-too-long-for-it -p tcp"),
             good.replace("-j DROP", "-m limit --limit 1/sec -j DROP"),
             good.replace("-j DROP", "-g KPROXY-X"),
             good.replace("-m tcp", "-m udp"),
@@ -156,7 +158,7 @@ class ScriptTests(SynchronousTestCase):
             ("a rule gone", lambda chains: chains["KPROXY-PORTALS-HOST"].pop(0), 2),
             ("a rule more", lambda chains: chains["KPROXY-PORTALS-HOST"].append("-j ACCEPT"), -1),
             ("a rule of several gone", lambda chains: chains["KPROXY-PORTALS-CONTAINER"].pop(), 4),
-            ("a chain empty", lambda chains: chains["KPROXY-INSIDERS"].clear(), 3),
+            ("a chain empty", lambda chains: chains["KPROXY-INSIDERS"].clear(), 11),
             ("a jump gone", lambda chains: chains["PREROUTING"].pop(0), 4),
         ]
         for what, damage, most in damages:
