@@ -10,6 +10,7 @@ from msgspec import Struct
 from .configvalues import (
     BIND,
     CIDRS,
+    COUNT,
     DURATION,
     DURATIONS,
     HOST_NAME,
@@ -23,6 +24,7 @@ from .configvalues import (
     PROXY_URL,
     SERVER,
     SWITCH,
+    TIMEOUT,
     HostPort,
     Value,
     oneOf,
@@ -120,6 +122,14 @@ class Config(Struct, frozen=True):
     portRange: tuple[int, int] | None = None
     drainTimeout: float = 300.0
     policy: str = "round-robin"
+    conntrackSysctls: str = "auto"
+    conntrackMaxPerCore: int = 32768
+    conntrackMin: int = 131072
+    conntrackTcpEstablished: int = 86400
+    conntrackTcpCloseWait: int = 3600
+    conntrackUdp: int = 0
+    conntrackUdpStream: int = 0
+    conntrackTcpBeLiberal: bool = False
     healthBind: HostPort | None = HostPort("0.0.0.0", 10256)
     metricsBind: HostPort | None = HostPort("127.0.0.1", 10249)
 
@@ -190,6 +200,16 @@ def schema(writers: Iterable[str] = (), policies: Iterable[str] = ()) -> dict[st
             Key("drain-timeout", "drainTimeout", DURATION),
         ),
         "balance": (Key("policy", "policy", oneOf(policies)),),
+        "conntrack": (
+            Key("sysctls", "conntrackSysctls", oneOf(("auto", "on", "off"))),
+            Key("max-per-core", "conntrackMaxPerCore", COUNT),
+            Key("min", "conntrackMin", COUNT),
+            Key("tcp-established-timeout", "conntrackTcpEstablished", TIMEOUT),
+            Key("tcp-close-wait-timeout", "conntrackTcpCloseWait", TIMEOUT),
+            Key("udp-timeout", "conntrackUdp", TIMEOUT),
+            Key("udp-stream-timeout", "conntrackUdpStream", TIMEOUT),
+            Key("tcp-be-liberal", "conntrackTcpBeLiberal", SWITCH),
+        ),
         "health": (Key("bind", "healthBind", BIND),),
         "metrics": (Key("bind", "metricsBind", BIND),),
     }

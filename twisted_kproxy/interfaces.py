@@ -104,6 +104,26 @@ class ISource(IService):
         """What it cannot read now, and why: file or kind → reason. What was read of it before goes on to count."""
 
 
+class IEventRecorder(Interface):
+    """Tells the cluster's operators of something, as an Event on an object of theirs (:command:`kubectl get events`)."""
+
+    def record(
+        kind: str, namespace: str, name: str, uid: str, reason: str, action: str, note: str, warning: bool = False
+    ) -> None:
+        """
+        Pass on one event. Never raises, never blocks; what cannot be passed on in time is let go, so nothing may
+        depend on it. The same event again within minutes is told once more only as a number.
+
+        :param kind: of the object that it is about, ``Service`` or ``Node``.
+        :param namespace: of that object, ``""`` for a Node.
+        :param uid: of that object, ``""`` where it is not known.
+        :param reason: why it is told: one word in CamelCase, for machines.
+        :param action: what was done or tried: one word in CamelCase, for machines.
+        :param note: the same for people, in a sentence or two.
+        :param warning: whether somebody should look after it.
+        """
+
+
 # --- updates ---------------------------------------------------------------------------------------------------------
 
 

@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from twisted.application.service import MultiService
@@ -32,6 +32,7 @@ from .core.values import FAMILIES, PoolName
 from .interfaces import (
     IBalancingPolicy,
     IDataplane,
+    IEventRecorder,
     ILoadBalancer,
     IPolicyMaker,
     IProxier,
@@ -50,8 +51,10 @@ from .netfilter.claim import NamespaceClaim
 from .netfilter.conntrack import Flows
 from .netfilter.node import primaryAddress
 from .netfilter.plane import RulePlane
+from .netfilter.sysctls import Wishes, apply, warnOfLocalPorts
 from .redaction import redactedValue
 from .report import Report
+from .sources.events import NoEvents
 from .syncer import Syncer
 from .systemd import Notifier
 from .userspace.dataplane import UserspaceDataplane
@@ -60,6 +63,7 @@ from .userspace.ports import Budget, PortRange, raiseLimit
 from .userspace.relay import SocketRelay
 from .userspace.tcp import TcpProxier
 from .userspace.udp import UdpProxier
+from .web.healthcheck import HealthChecks
 from .web.site import Listener, makeSite
 from .web.status import HealthState, healthPages, metricsPages, tree
 
@@ -130,12 +134,15 @@ class ProxyServer(MultiService):
         makePolicy: Callable[[], IBalancingPolicy] = policy.make
         self.balancer = LoadBalancer(reactor, makePolicy)
         self.sources: list[ISource] = []
+        self.events: IEventRecorder = NoEvents()
         self.cluster = Cluster(config.nodeName, config.proxyName, nodeSettings(config))
         self.cluster.hostAddresses(filter(None, map(primaryAddress, FAMILIES)))
         self.cluster.nodeChanged = self.health.nodeChanged
         self.cluster.nodesListed = self._nodesListed
         self._makeSources()
         self.dataplane: IDataplane | None = None
+        self.checks: HealthChecks | None = None
+        self._sysctlsWait = False
         self.syncer: Syncer | None = None
         self._starting: Deferred[None] | None = None
         self._leftovers: Deferred[Any] | None = None
@@ -173,7 +180,7 @@ class ProxyServer(MultiService):
                 self.metrics.exposition,
                 lambda: config.mode,
                 lambda: redactedValue(effective(config)),
-                report.parts(),
+                {**report.parts(), "healthChecks": lambda: self.checks.status() if self.checks else {}},
             ),
         }
         for what, bind, content in (("health", config.healthBind, health), ("metrics", config.metricsBind, pages)):
@@ -195,7 +202,8 @@ class ProxyServer(MultiService):
     def _makeDataplane(self, writer: IRuleWriter) -> IDataplane:
         config, reactor = self._config, self._reactor
         rules = RulePlane(
-            reactor, writer, flows=Flows(reactor), changedOutside=self._changedOutside,
+            reactor, writer, flows=Flows(reactor, observe=self.metrics.upkeep.looked),
+            changedOutside=self._changedOutside,
             claim=NamespaceClaim() if writer.place != "nowhere" else None,
         )
         self.metrics.watchQuarantined(
@@ -205,7 +213,7 @@ class ProxyServer(MultiService):
             ]
         )
         raiseLimit()
-        budget = Budget(reactor)
+        budget = self._budget = Budget(reactor)
         forFlows = budget.share(UDP_SHARE)
         dialer, relay = Dialer(reactor), SocketRelay(reactor)
 
@@ -244,8 +252,15 @@ class ProxyServer(MultiService):
         self.dataplane = dataplane
         if self._stopping:
             return
+        self._sysctlsWait = self._applySysctls() == "absent"
+        self.checks = HealthChecks(
+            self._reactor, config.nodeName, lambda: self.health.health().healthy, self.events,
+            budget=self._budget, answered=self.metrics.upkeep.answered,
+        )
+        self.metrics.upkeep.watchPorts(self.checks.counts)
+        self.checks.setServiceParent(self)  # type: ignore[no-untyped-call]
         observer = _Observer(self.health, self.metrics, self.notifier, lambda: self._inForce(writer))
-        listeners = Broadcast([self.metrics, self.balancer, dataplane])
+        listeners = Broadcast([self.metrics, self.balancer, dataplane, self.checks])
         self.syncer = Syncer(
             self._reactor, self.cluster, listeners, observer,
             minPeriod=config.minSyncPeriod, fullPeriod=config.syncPeriod,
@@ -269,6 +284,8 @@ class ProxyServer(MultiService):
             self.log.info("Stopping; open connections may go on for up to {seconds:g} s", seconds=seconds)
         self.notifier.stopping()
         self.health.stopping()
+        if self.checks is not None:
+            self.checks.stopping()
         for source in self.sources:
             await maybeDeferred(source.disownServiceParent)
         if self._starting is not None:
@@ -335,9 +352,33 @@ class ProxyServer(MultiService):
         reactor waiting, for some hundred milliseconds with thousands of Services. Garbage of later on is found as ever.
         """
         gc.freeze()
+        if self._sysctlsWait:  # the first rules have made the kernel track connections
+            self._applySysctls()
+        warnOfLocalPorts(self._nodePorts())
         makers = [plugin.find(IWriterMaker, name) for name in plugin.names(IWriterMaker)]
         others = [(maker.name, lambda maker=maker: maker.make(self._reactor)) for maker in makers]
         self._leftovers = removeLeftovers(active, others)
+
+    def _applySysctls(self) -> str:
+        config = self._config
+        return apply(
+            Wishes(
+                mode=config.conntrackSysctls,
+                maxPerCore=config.conntrackMaxPerCore,
+                minimum=config.conntrackMin,
+                tcpEstablished=config.conntrackTcpEstablished,
+                tcpCloseWait=config.conntrackTcpCloseWait,
+                udp=config.conntrackUdp,
+                udpStream=config.conntrackUdpStream,
+                tcpBeLiberal=config.conntrackTcpBeLiberal,
+            )
+        )
+
+    def _nodePorts(self) -> Iterator[int]:
+        for port in self.cluster.latest.values():
+            yield from (it.port for it in port.frontends if it.kind == "NodePort")
+            if port.healthCheckPort:
+                yield port.healthCheckPort
 
     def _nodesListed(self, source: str) -> None:
         """An API server that does not know our node: a wrong name, most of all, and then nothing is local."""

@@ -89,6 +89,8 @@ class LoadTests(IniCase):
             "[userspace]\nconnect-timeouts = 100ms, 1s\nudp-idle-timeout = 2m\nport-range = 36000 - 36999\n"
             "drain-timeout = 0s\n"
             "[balance]\npolicy = least-connections\n"
+            "[conntrack]\nsysctls = on\nmax-per-core = 0\nmin = 1000\ntcp-established-timeout = 120h\n"
+            "tcp-close-wait-timeout =\nudp-timeout = 1m\nudp-stream-timeout = 0s\ntcp-be-liberal = yes\n"
             "[health]\nbind =\n"
             "[metrics]\nbind = [::1]:0\n"
         )
@@ -122,6 +124,14 @@ class LoadTests(IniCase):
                 portRange=(36000, 36999),
                 drainTimeout=0.0,
                 policy="least-connections",
+                conntrackSysctls="on",
+                conntrackMaxPerCore=0,
+                conntrackMin=1000,
+                conntrackTcpEstablished=432000,
+                conntrackTcpCloseWait=0,
+                conntrackUdp=60,
+                conntrackUdpStream=0,
+                conntrackTcpBeLiberal=True,
                 healthBind=None,
                 metricsBind=HostPort("::1", 0),
             ),
@@ -158,7 +168,7 @@ class LoadTests(IniCase):
         commented = re.compile(r"^;([a-z-]+ =.*)$", re.MULTILINE)
         example = re.compile(r"^;(type|kubeconfig|watch-list) =", re.MULTILINE)
         keys = commented.findall(example.sub("# \\1:", text))
-        self.assertEqual(len(keys), 16)
+        self.assertEqual(len(keys), 24)
         self.assertEqual(self.load(commented.sub(r"\1", example.sub("# \\1:", text))), plain)
 
     def test_rendered(self) -> None:
@@ -166,7 +176,7 @@ class LoadTests(IniCase):
         before = self.load(
             "[source:b]\ntype = files\npath = x\n[source:a]\ntype = api\nin-cluster = yes\n"
             "[kproxy]\ncluster-cidr = fd00::/64\n[userspace]\nport-range = 36000-36999\n[health]\nbind =\n"
-            "[metrics]\nbind = [::1]:99\n"
+            "[metrics]\nbind = [::1]:99\n[conntrack]\ntcp-close-wait-timeout =\nudp-timeout = 30s\n"
         )
         self.assertEqual(self.load(config.render(before)), before)
 
@@ -261,6 +271,13 @@ class FaultTests(IniCase):
             ("userspace", "port-range = 1000-2000", "must lie within 1024 to 65535"),
             ("userspace", "port-range = 60000-70000", "must lie within 1024 to 65535"),
             ("userspace", "port-range = 36000", "must be FIRST-LAST"),
+            ("conntrack", "sysctls = maybe", "must be one of auto, on, off"),
+            ("conntrack", "min = -1", "must be a number from 0 to"),
+            ("conntrack", "max-per-core = 2147483648", "must be a number from 0 to"),
+            ("conntrack", "udp-timeout = 1500ms", "must be whole seconds"),
+            ("conntrack", "udp-timeout = 30", "write 30s for seconds"),
+            ("conntrack", "tcp-established-timeout = 8761h", "at most 8760h"),
+            ("conntrack", "tcp-be-liberal = maybe", "must be yes or no"),
             ("health", "bind = localhost:1", "must be ADDRESS:PORT"),
             ("health", "bind = 10256", "must be ADDRESS:PORT"),
             ("health", "bind = 300.0.0.1:1", "must be ADDRESS:PORT"),

@@ -144,6 +144,21 @@ class FrontendTests(SynchronousTestCase):
         self.assertEqual(one(it).healthCheckPort, 32000)
         self.assertEqual(one(resolve(service(**fields), [], NODE)).healthCheckPort, 0)
 
+    def test_healthCheckPortOnce(self) -> None:
+        """The first port of each family has it for the whole Service; what is no port number is a problem."""
+        spec: dict[str, Any] = {"type": "LoadBalancer", "externalTrafficPolicy": "Local", "healthCheckNodePort": 32000}
+        spec["clusterIPs"] = ["10.96.0.10", "fd00::10"]
+        spec["ports"] = [{"name": "http", "port": 80}, {"name": "dns", "port": 53, "protocol": "UDP"}]
+        found = resolve(service(**spec), [], NODE)
+        self.assertEqual(
+            {(it.name.port, it.name.family): it.healthCheckPort for it in found.ports},
+            {("http", "IPv4"): 32000, ("dns", "IPv4"): 0, ("http", "IPv6"): 32000, ("dns", "IPv6"): 0},
+        )
+        spec["healthCheckNodePort"] = 70000
+        found = resolve(service(**spec), [], NODE)
+        self.assertEqual({it.healthCheckPort for it in found.ports}, {0})
+        self.assertIn("healthCheckNodePort 70000", found.problems[0].reason)
+
 
 class PortTests(SynchronousTestCase):
     """Port identity."""

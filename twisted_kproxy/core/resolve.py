@@ -128,14 +128,14 @@ class _Resolver:
         specs = list(self._ports())
         affinity = self._affinity()
         isLoadBalancer = self.spec.type == "LoadBalancer" and self.spec.externalTrafficPolicy == "Local"
-        healthCheckPort = (self.spec.healthCheckNodePort or 0) if isLoadBalancer else 0
+        healthCheckPort = self._healthCheckPort() if isLoadBalancer else 0
         byFamily = self._addresses()
         ranges = self._sourceRanges()
         for family in FAMILIES:
             addresses = byFamily.get(family)
             if not addresses:
                 continue
-            for name, protocol, spec in specs:
+            for number, (name, protocol, spec) in enumerate(specs):
                 pools = categorize(self._candidates(name, protocol, family), self.node)
                 ports.append(
                     ServicePort(
@@ -146,7 +146,7 @@ class _Resolver:
                         local=pools.local,
                         reachable=pools.reachable,
                         affinitySeconds=affinity,
-                        healthCheckPort=healthCheckPort,
+                        healthCheckPort=0 if number else healthCheckPort,
                         localReady=pools.localReady,
                         serving=pools.serving if protocol == "UDP" else frozenset(),
                     )
@@ -205,6 +205,13 @@ class _Resolver:
             )
             return DEFAULT_AFFINITY_SECONDS
         return seconds
+
+    def _healthCheckPort(self) -> int:
+        number = self.spec.healthCheckNodePort or 0
+        if not 0 <= number < 65536:
+            self._problem(f"healthCheckNodePort {number} is not a port number (1 to 65535)")
+            return 0
+        return number
 
     def _addresses(self) -> dict[Family, list[tuple[FrontendKind, str]]]:
         """

@@ -113,6 +113,9 @@ class ServicePort(Struct, frozen=True, gc=False):
     :ivar reachable: an endpoint exists somewhere. A frontend with an empty pool drops what it gets when it does
         (the client tries again, and elsewhere), and refuses it when it does not.
     :ivar affinitySeconds: ClientIP affinity's sliding time; 0 for none.
+    :ivar healthCheckPort: where load balancers ask whether this node has endpoints of the Service; 0 where they do not,
+        where another Service owns that port, and for all but the first of the Service's ports in a family, which has it
+        for all of them.
     :ivar localReady: addresses of this node's endpoints that are ready: terminating ones never count. It is these that
         the answer on the health-check port counts.
     :ivar serving: ``address:port`` of every endpoint that still serves, in a pool or not: established UDP flows to

@@ -11,8 +11,8 @@ import errno
 import ipaddress
 import re
 import socket
-import struct
-from collections.abc import Container, Iterator, Mapping
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from msgspec import Struct
@@ -21,226 +21,229 @@ from twisted.internet.threads import deferToThreadPool
 from twisted.logger import Logger
 
 from ..core.rules import Target
-from ..core.values import FAMILIES, Family, FrontendKey
+from ..core.values import EVERYWHERE, FAMILIES, Family, FrontendKey
 from ..interfaces import KproxyError
-from .netlink import (
-    NESTED,
-    NLM_F_ACK,
-    NLM_F_REQUEST,
-    Interrupted,
-    NetlinkSocket,
-    Refused,
-    SocketOpener,
-    attribute,
-    attributes,
-    message,
-)
+from .flowscan import DELETE, GET, SOCKETS, Flow, Scanner, Spot, at, question, spot
+from .netlink import NLM_F_ACK, NLM_F_REQUEST, NetlinkSocket, Refused, SocketOpener, message
+from .node import Localness
 from .tool import Tool, find
 
-CTNETLINK = 1
-GET, DELETE = CTNETLINK << 8 | 1, CTNETLINK << 8 | 2
-UDP = 17
-_ORIG, _REPLY, _ID, _ZONE, _FILTER = 1, 2, 12, 18, 25
-_SOCKETS: dict[Family, int] = {"IPv4": socket.AF_INET, "IPv6": socket.AF_INET6}
-_BY_DST, _BY_PROTOCOL, _BY_DPORT = 1 << 1, 1 << 3, 1 << 5
 #: Deletions sent to the kernel at once.
 _AT_ONCE = 200
-
-
-class Flow(Struct, frozen=True):
-    """
-    A flow as the kernel tells of it.
-
-    :ivar destination: what the client dialled.
-    :ivar source: where its answers come from.
-    :ivar identity: the attributes that name it, to be given back to the kernel.
-    """
-
-    protocol: int
-    destination: tuple[bytes, int]
-    source: tuple[bytes, int]
-    identity: bytes
 
 
 class FlowsRemain(KproxyError):
     """Stale flows could not be deleted."""
 
 
-def question(family: Family, key: FrontendKey | None) -> bytes:
-    """The payload of a dump that the kernel narrows to UDP, and to one frontend. Old kernels do not narrow."""
-    flags = _BY_PROTOCOL
-    proto = attribute(1, bytes([UDP]))
-    ip = b""
-    if key is not None:
-        flags |= _BY_DPORT
-        proto += attribute(3, struct.pack(">H", key.port))
-        # Not by IPv6 addresses: there the kernel's comparison is the wrong way round (ctnetlink_filter_match_tuple
-        # takes the 0 of ipv6_addr_cmp for a difference; seen on 6.18), and what was asked for would be left out.
-        if key.address and family == "IPv4":
-            flags |= _BY_DST
-            ip = attribute(1 | NESTED, attribute(2, socket.inet_pton(socket.AF_INET, key.address)))
-    tuple_ = attribute(_ORIG | NESTED, ip + attribute(2 | NESTED, proto))
-    narrowed = attribute(_FILTER | NESTED, attribute(1, struct.pack("=I", flags)) + attribute(2, struct.pack("=I", 0)))
-    return tuple_ + narrowed
+class Tally(Struct, frozen=True):
+    """What became of the flows of one family: how long it took, how many were deleted."""
+
+    family: Family
+    seconds: float
+    deleted: int
 
 
-def decode(answer: bytes) -> Flow | None:
-    """The flow in one answer to a dump; ``None`` where it is none that could be deleted."""
-    parts = dict(attributes(answer))
-    if _ORIG not in parts or _REPLY not in parts:
-        return None
-    orig, reply = _side(parts[_ORIG]), _side(parts[_REPLY])
-    if orig is None or reply is None:
-        return None
-    identity = attribute(_ORIG | NESTED, parts[_ORIG])
-    identity += b"".join(attribute(kind, parts[kind]) for kind in (_ID, _ZONE) if kind in parts)
-    return Flow(orig[0], orig[2], reply[1], identity)
-
-
-def _side(data: bytes) -> tuple[int, tuple[bytes, int], tuple[bytes, int]] | None:
-    """One direction's protocol, source and destination."""
-    parts = dict(attributes(data))
-    ip, proto = dict(attributes(parts.get(1, b""))), dict(attributes(parts.get(2, b"")))
-    source, destination = ip.get(1) or ip.get(3), ip.get(2) or ip.get(4)
-    if source is None or destination is None or not {1, 2, 3} <= proto.keys():
-        return None
-    ports = [int.from_bytes(proto[it], "big") for it in (2, 3)]
-    return proto[1][0], (source, ports[0]), (destination, ports[1])
-
-
-class Glance:
+class Judge:
     """
-    Tells whom a flow was dialled to by looking at fixed places, many times as fast as :func:`decode`: of a hundred
-    thousand flows some hundred matter. The first flow that was decoded with care tells where these places are.
+    Says which flows of one family are led astray.
+
+    :param led: for each frontend the targets that the rules lead to; none for one that is refused, dropped or gone.
+    :param own: where only rules of ours lead to: flows that end there and were sent to no frontend that leads there are
+        stale. Only those that were rewritten count.
+    :param nodePorts: the networks in which addresses of this node serve node ports.
+    :param isLocal: whether an address is one of this node's.
     """
 
-    def __init__(self, family: Family) -> None:
-        wide = 4 if family == "IPv4" else 16
-        # original, its addresses, source | destination | protocol, its number | source port | destination port
-        self._heads = (
-            slice(0, 12), slice(12 + wide, 16 + wide), slice(16 + 2 * wide, 24 + 2 * wide),
-            slice(28 + 2 * wide, 32 + 2 * wide), slice(36 + 2 * wide, 40 + 2 * wide),
-        )  # fmt: skip
-        self._address = slice(16 + wide, 16 + 2 * wide)
-        self._port = slice(40 + 2 * wide, 42 + 2 * wide)
-        self._shape: list[bytes] | None = None
+    def __init__(
+        self,
+        family: Family,
+        led: Mapping[FrontendKey, frozenset[Target]],
+        own: Iterable[Target],
+        nodePorts: Sequence[str],
+        isLocal: Callable[[bytes], bool],
+    ) -> None:
+        self._addressed: dict[Spot, frozenset[Spot]] = {}
+        self._numbered: dict[bytes, frozenset[Spot]] = {}
+        for key, targets in led.items():
+            if key.family != family or key.protocol != "UDP":
+                continue
+            port, spots = key.port.to_bytes(2, "big"), frozenset(_spot(it) for it in targets)
+            if key.address:
+                self._addressed[_packed(key.address), port] = spots
+            else:
+                self._numbered[port] = spots
+        self._own = frozenset(_spot(it) for it in own if (":" in it.address) == (family == "IPv6"))
+        self._networks = [
+            it for it in map(ipaddress.ip_network, nodePorts) if it.version == (4 if family == "IPv4" else 6)
+        ]
+        self._isLocal = isLocal
+        self._served: dict[bytes, bool] = {}
 
-    def destination(self, answer: bytes) -> tuple[bytes, int] | None:
-        """Address and port; ``None`` where the answer looks otherwise than those before."""
-        if self._shape is None:
-            flow = decode(answer)
-            if flow is None or self._at(answer) != flow.destination:
-                return None
-            self._shape = [answer[it] for it in self._heads]
-        if [answer[it] for it in self._heads] != self._shape:
-            return None
-        return self._at(answer)
+    def __bool__(self) -> bool:
+        return bool(self._addressed or self._numbered or self._own)
 
-    def _at(self, answer: bytes) -> tuple[bytes, int]:
-        return answer[self._address], int.from_bytes(answer[self._port], "big")
+    def stale(self, dialled: Spot, answers: Spot) -> bool:
+        """Whether a flow that was sent there and is answered from there has to go."""
+        targets = self._addressed.get(dialled)
+        if targets is None:
+            # A node port has every address of this node that serves them, and no other: a flow to the same number
+            # elsewhere is not ours.
+            targets = self._numbered.get(dialled[1])
+            if targets is None or not self._serves(dialled[0]):
+                return answers in self._own and answers != dialled
+        return answers not in targets
+
+    def _serves(self, address: bytes) -> bool:
+        known = self._served.get(address)
+        if known is None:
+            within = any(ipaddress.ip_address(address) in it for it in self._networks)
+            known = self._served[address] = within and self._isLocal(address)
+        return known
+
+
+def _packed(address: str) -> bytes:
+    return socket.inet_pton(socket.AF_INET6 if ":" in address else socket.AF_INET, address)
+
+
+def _spot(it: Target) -> Spot:
+    return spot(_packed(it.address), it.port)
 
 
 class Flows:
     """
-    Deletes UDP flows, in a thread: a look through a hundred thousand flows takes a few tenths of a second.
+    Deletes UDP flows, in a thread: a look through a hundred thousand flows takes about a tenth of a second, most of it
+    the kernel's, and the reactor has the interpreter's lock meanwhile.
 
     :param openSocket: opens netlink and datagram sockets; see :data:`~twisted_kproxy.netfilter.netlink.SocketOpener`.
     :param tool: runs the ``conntrack`` program where netlink fails; made when first needed.
+    :param observe: is told family, seconds and number deleted after each look.
     :ivar SINGLY: up to so many frontends the kernel is asked for each one; above, for all UDP flows once.
     """
 
     log = Logger()
     SINGLY = 8
 
-    def __init__(self, reactor: Any, *, openSocket: SocketOpener = socket.socket, tool: Tool | None = None) -> None:
+    def __init__(
+        self,
+        reactor: Any,
+        *,
+        openSocket: SocketOpener = socket.socket,
+        tool: Tool | None = None,
+        observe: Callable[[Family, float, int], None] | None = None,
+    ) -> None:
         self._reactor = reactor
         self._opener = openSocket
         self._tool = tool
+        self._observe = observe
 
-    def forget(self, stale: Mapping[FrontendKey, frozenset[Target]]) -> Deferred[int]:
+    def forget(
+        self, stale: Mapping[FrontendKey, frozenset[Target]], nodePorts: Sequence[str] = EVERYWHERE
+    ) -> Deferred[int]:
         """
         Delete the UDP flows to each frontend, but those that are led to one of its targets.
 
+        :param nodePorts: the networks in which addresses of this node serve node ports.
         :return: fires with how many were deleted, some hundred per millisecond; fails with :class:`FlowsRemain`.
         """
-        return Deferred.fromCoroutine(self._forget(dict(stale)))
+        return Deferred.fromCoroutine(self._forget(dict(stale), nodePorts))
 
-    async def _forget(self, stale: dict[FrontendKey, frozenset[Target]]) -> int:
+    def reconcile(
+        self,
+        led: Mapping[FrontendKey, frozenset[Target]],
+        own: Collection[Target] = (),
+        nodePorts: Sequence[str] = EVERYWHERE,
+    ) -> Deferred[int]:
+        """
+        Compare all UDP flows with the rules: delete those to a frontend that are led to none of its targets, or were
+        never led anywhere, and those that were led to a socket of ours from where nothing leads there any more.
+
+        :param led: every frontend with the targets that the rules in force have for it.
+        :param own: where only rules of ours lead, or led.
+        :return: fires with how many were deleted; fails with :class:`FlowsRemain`.
+        """
+        return Deferred.fromCoroutine(self._reconcile(led, own, nodePorts))
+
+    async def _forget(self, stale: dict[FrontendKey, frozenset[Target]], nodePorts: Sequence[str]) -> int:
         stale = {key: targets for key, targets in stale.items() if key.protocol == "UDP"}
         if not stale:
             return 0
         try:
-            return await deferToThreadPool(self._reactor, self._reactor.getThreadPool(), self._byNetlink, stale)
-        except (OSError, Interrupted) as error:
+            return await self._inThread(self._singly if len(stale) <= self.SINGLY else self._look, stale, (), nodePorts)
+        except OSError as error:
             self.log.warn("Flows could not be deleted by netlink: {error!r}; trying conntrack.", error=error)
             return await self._byTool(stale)
 
+    async def _reconcile(
+        self, led: Mapping[FrontendKey, frozenset[Target]], own: Collection[Target], nodePorts: Sequence[str]
+    ) -> int:
+        try:
+            return await self._inThread(self._look, led, own, nodePorts)
+        except OSError as error:
+            raise FlowsRemain(f"the flows could not be looked through: {error!r}") from error
+
+    async def _inThread(self, work: Callable[..., list[Tally]], *arguments: Any) -> int:
+        found = await deferToThreadPool(self._reactor, self._reactor.getThreadPool(), work, *arguments)
+        if self._observe is not None:
+            for it in found:
+                self._observe(it.family, it.seconds, it.deleted)
+        return sum(it.deleted for it in found)
+
     # --- netlink, in a thread ---
 
-    def _byNetlink(self, stale: dict[FrontendKey, frozenset[Target]]) -> int:
-        count = 0
+    def _look(
+        self, led: Mapping[FrontendKey, frozenset[Target]], own: Collection[Target], nodePorts: Sequence[str]
+    ) -> list[Tally]:
+        """At all UDP flows."""
+        return self._each(led, own, nodePorts, lambda family: [None])
+
+    def _singly(
+        self, led: Mapping[FrontendKey, frozenset[Target]], own: Collection[Target], nodePorts: Sequence[str]
+    ) -> list[Tally]:
+        """At those to each frontend."""
+        return self._each(
+            led, own, nodePorts, lambda family: [(key.address, key.port) for key in led if key.family == family]
+        )
+
+    def _each(
+        self,
+        led: Mapping[FrontendKey, frozenset[Target]],
+        own: Collection[Target],
+        nodePorts: Sequence[str],
+        narrowed: Callable[[Family], Sequence[tuple[str, int] | None]],
+    ) -> list[Tally]:
+        tallies = []
         netlink = NetlinkSocket(self._opener)
+        localness = Localness(self._opener)
         try:
             for family in FAMILIES:
-                keys = {
-                    (socket.inet_pton(_SOCKETS[family], key.address) if key.address else b"", key.port): targets
-                    for key, targets in stale.items()
-                    if key.family == family
-                }
-                if not keys:
+                begun = time.perf_counter()
+                judge = Judge(family, led, own, nodePorts, localness.isLocal)
+                if not judge:
                     continue
-                led = {
-                    where: {(socket.inet_pton(_SOCKETS[family], it.address), it.port) for it in targets}
-                    for where, targets in keys.items()
-                }
-                wanted: list[FrontendKey | None] = [key for key in stale if key.family == family]
-                if len(wanted) > self.SINGLY:
-                    wanted = [None]
-                for one in wanted:
-                    flows = self._flows(netlink, family, one, led)
-                    found = {it.identity for it in flows if self._isStale(it, led)}
-                    count += self._delete(netlink, family, sorted(found))
+                deleted = 0
+                for where in narrowed(family):
+                    found = {it.identity for it in self._stale(netlink, family, where, judge)}
+                    deleted += self._delete(netlink, family, sorted(found))
+                tallies.append(Tally(family, time.perf_counter() - begun, deleted))
         finally:
+            localness.close()
             netlink.close()
-        return count
+        return tallies
 
     @staticmethod
-    def _flows(
-        netlink: NetlinkSocket, family: Family, key: FrontendKey | None, led: Container[tuple[bytes, int]]
+    def _stale(
+        netlink: NetlinkSocket, family: Family, where: tuple[str, int] | None, judge: Judge
     ) -> Iterator[Flow]:
-        """Those that may be to a frontend in ``led``."""
-        glance = Glance(family)
-        try:
-            for answer in netlink.dump(GET, _SOCKETS[family], question(family, key)):
-                dialled = glance.destination(answer)
-                if dialled is not None and dialled not in led and (b"", dialled[1]) not in led:
-                    continue
-                flow = decode(answer)
-                if flow is not None and flow.protocol == UDP:
-                    yield flow
-        except Interrupted:
-            # The table always changes. What came while it was read came after the rules.
-            return
-
-    def _isStale(self, flow: Flow, led: dict[tuple[bytes, int], set[tuple[bytes, int]]]) -> bool:
-        address, port = flow.destination
-        targets = led.get((address, port))
-        if targets is None:
-            # A node port has every address of this node, and no other: a flow to the same port elsewhere is not ours.
-            targets = led.get((b"", port))
-            if targets is None or not self._isMine(address):
-                return False
-        return flow.source not in targets
-
-    def _isMine(self, address: bytes) -> bool:
-        family = socket.AF_INET if len(address) == 4 else socket.AF_INET6
-        try:
-            with self._opener(family, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC, 0) as it:
-                it.bind((str(ipaddress.ip_address(address)), 0))
-        except OSError as error:
-            # A link-local address cannot be bound to without its interface, and is never routed: it is ours.
-            return error.errno == errno.EINVAL and family == socket.AF_INET6
-        return True
+        # The table always changes, and no dump of it is consistent. What came while it was read came after the rules.
+        scanner = Scanner(family)
+        stale = judge.stale
+        for data, number in netlink.buffers(GET, SOCKETS[family], question(family, where)):
+            for dialled, answers, start in scanner.rows(data, number):
+                if stale(dialled, answers):
+                    flow = at(data, start)
+                    if flow is not None:
+                        yield flow
 
     @staticmethod
     def _delete(netlink: NetlinkSocket, family: Family, identities: list[bytes]) -> int:
@@ -249,7 +252,7 @@ class Flows:
             some = identities[start : start + _AT_ONCE]
             first = netlink.numbers(len(some))
             data = b"".join(
-                message(DELETE, NLM_F_REQUEST | NLM_F_ACK, number, _SOCKETS[family], identity)
+                message(DELETE, NLM_F_REQUEST | NLM_F_ACK, number, SOCKETS[family], identity)
                 for number, identity in enumerate(some, first)
             )
             for code in netlink.answers(data, first, first + len(some) - 1):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, MutableMapping
+from collections.abc import Collection, Iterable, Mapping, MutableMapping, Sequence
 from typing import Protocol, TypeVar
 
 from twisted.internet.defer import Deferred
@@ -30,9 +30,19 @@ class Claim(Protocol):
 class FlowRemover(Protocol):
     """Makes the kernel forget where established UDP flows were led."""
 
-    def forget(self, stale: Mapping[FrontendKey, frozenset[Target]]) -> Deferred[int]:
+    def forget(self, stale: Mapping[FrontendKey, frozenset[Target]], nodePorts: Sequence[str]) -> Deferred[int]:
         """
         Delete the flows to each frontend but those that are led to one of its targets.
+
+        :param nodePorts: the networks in which addresses of this node serve node ports.
+        :return: fires with how many were deleted.
+        """
+
+    def reconcile(
+        self, led: Mapping[FrontendKey, frozenset[Target]], own: Collection[Target], nodePorts: Sequence[str]
+    ) -> Deferred[int]:
+        """
+        The same for every frontend, and for flows that are led to ``own`` from where nothing leads there any more.
 
         :return: fires with how many were deleted.
         """
