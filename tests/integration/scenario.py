@@ -74,13 +74,13 @@ class Scenario:
     _names = itertools.count(1)
     _ports = itertools.count(12340)
 
-    def setUp(self: Any) -> None:
+    def setUp(self) -> None:
         if os.geteuid():
             raise SkipTest("network namespaces need root")
         self.world = World.get(self.writer, API_OPTIONS, ("n0", "n1"), self.settings)
         self.rig: Rig = self.world.rig
 
-    def tearDown(self: Any) -> None:
+    def tearDown(self) -> None:
         for daemon in self.world.daemons.values():
             daemon.assertNoTraceback()
 
@@ -91,7 +91,7 @@ class Scenario:
         return next(self._nodePorts)
 
     def make(
-        self: Any,
+        self,
         *pods: str,
         ports: Any = None,
         slicePorts: Any = None,
@@ -111,7 +111,7 @@ class Scenario:
         self.world.apply(it, *self.slices(it, *pods, ports=slicePorts, more=more), seconds=seconds)
         return it
 
-    def drop(self: Any, name: str) -> None:
+    def drop(self, name: str) -> None:
         """Delete a Service and its slices, where they still are."""
         for kind, version in (("Service", "v1"), ("EndpointSlice", "discovery.k8s.io/v1")):
             for suffix in ("",) if kind == "Service" else ("-ipv4", "-ipv6", "-2-ipv4", "-2-ipv6"):
@@ -121,14 +121,14 @@ class Scenario:
                 except AssertionError:  # it is gone
                     continue
 
-    def slices(self: Any, it: Json, *pods: str, **kw: Any) -> list[Json]:
+    def slices(self, it: Json, *pods: str, **kw: Any) -> list[Json]:
         return slices(self.rig, it["metadata"]["name"], *pods, **kw)
 
-    def behind(self: Any, it: Json, *pods: str, ports: Any = None, more: Any = None) -> None:
+    def behind(self, it: Json, *pods: str, ports: Any = None, more: Any = None) -> None:
         """Change who is behind a Service, and wait until it is in force."""
         self.world.apply(*self.slices(it, *pods, ports=ports, more=more), seconds=VISIBLE)
 
-    def change(self: Any, it: Json, **spec: Any) -> None:
+    def change(self, it: Json, **spec: Any) -> None:
         """Change fields of a Service's spec (``None`` takes one away), and wait until it is in force."""
         for key, value in spec.items():
             it["spec"].pop(key, None)
@@ -136,7 +136,7 @@ class Scenario:
                 it["spec"][key] = value
         self.world.apply(it, seconds=VISIBLE)
 
-    def ingress(self: Any, it: Json, *ips: str) -> None:
+    def ingress(self, it: Json, *ips: str) -> None:
         """A load balancer says at which addresses it serves."""
         it["status"] = {"loadBalancer": {"ingress": [{"ip": ip} for ip in ips]}}
         self.world.apply(it, seconds=VISIBLE)
@@ -146,14 +146,14 @@ class Scenario:
     def clusterIPs(self, it: Json, number: int = 80) -> list[Target]:
         return [(ip, number) for ip in it["spec"]["clusterIPs"]]
 
-    def onNodes(self: Any, number: int, *nodes: str) -> list[Target]:
+    def onNodes(self, number: int, *nodes: str) -> list[Target]:
         """A node port on these nodes; on both where none is named."""
         return [(self.rig.address(node, family), number) for node in nodes or ("n0", "n1") for family in (4, 6)]
 
     # --- asking
 
     def ask(
-        self: Any, place: str, target: Target, udp: bool = False, seconds: float = 2, body: bytes = b"hello"
+        self, place: str, target: Target, udp: bool = False, seconds: float = 2, body: bytes = b"hello"
     ) -> Answer:
         """One request on a connection of its own, or one datagram from a socket of its own."""
         family = socket.AF_INET6 if ":" in target[0] else socket.AF_INET
@@ -175,12 +175,12 @@ class Scenario:
         return Answer(name, client) if answer.endswith(body) else Answer(f"{answer!r}")
 
     def who(
-        self: Any, place: str, target: Target, times: int = 8, udp: bool = False, seconds: float = 2
+        self, place: str, target: Target, times: int = 8, udp: bool = False, seconds: float = 2
     ) -> Counter[str]:
         return Counter(self.ask(place, target, udp, seconds).name for _ in range(times))
 
     def expect(
-        self: Any,
+        self,
         targets: Iterable[Target],
         whom: set[str],
         places: Sequence[str] = PLACES,
@@ -193,14 +193,14 @@ class Scenario:
                 found = self.who(place, target, times or 2 + 2 * len(whom), udp)
                 self.assertEqual(set(found), whom, f"{place} {target}: {found}")
 
-    def refused(self: Any, targets: Iterable[Target], places: Sequence[str] = PLACES, udp: bool = False) -> None:
+    def refused(self, targets: Iterable[Target], places: Sequence[str] = PLACES, udp: bool = False) -> None:
         """Refused, not ignored."""
         for target in targets:
             for place in places:
                 self.assertEqual(self.ask(place, target, udp).name, REFUSED, f"{place} {target}")
 
     def down(
-        self: Any,
+        self,
         targets: Iterable[Target],
         places: Sequence[str] = PLACES,
         udp: bool = False,
@@ -214,13 +214,22 @@ class Scenario:
         wrong = [(it, name) for it, name in zip(tries, found, strict=True) if name not in DOWN]
         self.assertEqual(wrong, [])
 
-    def sticks(self: Any, place: str, target: Target, udp: bool = False) -> str:
+    def healthy(self, number: int) -> dict[str, int]:
+        """What each node says to load balancers on a health-check node port; the same by both families."""
+        found: dict[str, set[int]] = {}
+        for node in ("n0", "n1"):
+            hosts = (self.rig.address(node, 4), f"[{self.rig.address(node, 6)}]")
+            found[node] = {self.rig.http("x", f"http://{host}:{number}/healthz")[0] for host in hosts}
+        self.assertEqual([len(codes) for codes in found.values()], [1, 1], found)
+        return {node: next(iter(codes)) for node, codes in found.items()}
+
+    def sticks(self, place: str, target: Target, udp: bool = False) -> str:
         """15 requests, one endpoint. Gives it."""
         found = self.who(place, target, 15, udp)
         self.assertEqual(len(found), 1, f"{place} {target}: {found}")
         return next(iter(found))
 
-    def connected(self: Any, place: str, target: Target) -> Callable[[], str]:
+    def connected(self, place: str, target: Target) -> Callable[[], str]:
         """A connection that stays open; calling gives who answers on it."""
         it = self.rig.connect(place, target)
         self.addCleanup(it.close)
@@ -232,13 +241,13 @@ class Scenario:
 
         return ask
 
-    def talker(self: Any, place: str, target: Target) -> Talker:
+    def talker(self, place: str, target: Target) -> Talker:
         """A client that keeps its port."""
         it = Talker(self.rig, place, target, next(self._ports))
         self.addCleanup(it.close)
         return it
 
-    def cycles(self: Any, it: Json, talkers: list[Talker], first: str, second: str, ports: Any) -> None:
+    def cycles(self, it: Json, talkers: list[Talker], first: str, second: str, ports: Any) -> None:
         """The first pod comes; the second one comes, the first goes; and all over again with the parts exchanged."""
         for old, new in ((first, second), (second, first)):
             self.behind(it, old, ports=ports)

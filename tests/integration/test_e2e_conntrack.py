@@ -29,7 +29,7 @@ def segment(source: Target, destination: Target, sequence: int) -> bytes:
 class ConntrackCore(Scenario):
     """A client that keeps its port is led to where the Service leads now, whatever the kernel remembers of it."""
 
-    def udp(self: Any, *pods: str, nodePort: int = 0, **spec: Any) -> Json:
+    def udp(self, *pods: str, nodePort: int = 0, **spec: Any) -> Json:
         ports = [{**DNS[0], "nodePort": nodePort}] if nodePort else DNS
         return self.make(*pods, ports=ports, slicePorts=SLICE, type="NodePort" if nodePort else "ClusterIP", **spec)
 

@@ -25,7 +25,7 @@ class LoadBalancers(Scenario):
         number = next(self._balancers)
         return f"10.96.220.{number}", f"fd00:10:96::dc{number:02x}"
 
-    def balanced(self: Any, *pods: str, udp: bool = False, **spec: Any) -> tuple[Json, list[Target], int]:
+    def balanced(self, *pods: str, udp: bool = False, **spec: Any) -> tuple[Json, list[Target], int]:
         """A Service with addresses of a load balancer: it, where that is, and its node port."""
         number, addresses = self.nodePort(), self.addresses()
         protocol = "UDP" if udp else "TCP"
@@ -35,7 +35,7 @@ class LoadBalancers(Scenario):
         )
         return it, [(ip, 80) for ip in addresses], number
 
-    def route(self: Any, targets: list[Target], node: str) -> None:
+    def route(self, targets: list[Target], node: str) -> None:
         """The load balancer sends everything to this node from now on."""
         for ip, _ in targets:
             via = self.rig.address(node, 6 if ":" in ip else 4)
@@ -45,7 +45,7 @@ class LoadBalancers(Scenario):
 class LoadBalancersCore(LoadBalancers):
     """What every rule writer must bring about."""
 
-    def changes(self: Any, udp: bool) -> None:
+    def changes(self, udp: bool) -> None:
         """Every type and every port that a Service can have, one after the other."""
         protocol = "UDP" if udp else "TCP"
         ports, inside = [port(protocol=protocol)], [behind(protocol=protocol)]
@@ -67,7 +67,8 @@ class LoadBalancersCore(LoadBalancers):
         self.expect([*cluster, *self.onNodes(second), *balancer], BOTH, udp=udp)
 
         self.change(it, ports=[{**ports[0], "port": 81, "nodePort": second}])
-        self.down([*cluster, *balancer], udp=udp)
+        self.refused(cluster, ("p0b", "x"), udp)
+        self.down(balancer, udp=udp)
         cluster, balancer = self.clusterIPs(it, 81), [(ip, 81) for ip in addresses]
         self.expect([*cluster, *self.onNodes(second), *balancer], BOTH, udp=udp)
 
@@ -93,14 +94,35 @@ class LoadBalancersCore(LoadBalancers):
         """ "should be able to change the type and ports of a UDP service": in the same steps."""
         self.changes(True)
 
+    def sources(self, *places: str) -> list[str]:
+        """Each place's addresses, as networks."""
+        lengths = ((4, 32), (6, 128))
+        return [f"{self.rig.address(place, family)}/{length}" for place in places for family, length in lengths]
+
+    def test_sourceRanges(self) -> None:
+        """
+        "should only allow access from service loadbalancer source ranges": from one pod; from another one; from
+        outside; from everywhere. What is not sent to the load balancer's address is not asked where it comes from.
+        """
+        it, targets, number = self.balanced("p0a", "p1a", loadBalancerSourceRanges=self.sources("p0b"))
+        for place, others in (("p0b", ("p1b", "x")), ("p1b", ("p0b", "x")), ("x", ("p0b", "p1b"))):
+            self.change(it, loadBalancerSourceRanges=self.sources(place))
+            self.expect(targets, BOTH, (place,))
+            self.down(targets, others)
+            self.expect([*self.clusterIPs(it), *self.onNodes(number)], BOTH, others)
+        self.change(it, loadBalancerSourceRanges=None)
+        self.expect(targets, BOTH, ("p0b", "p1b", "x"))
+
     def test_onlyNodesWithEndpoints(self) -> None:
         """
-        "should only target nodes with endpoints": the node of the endpoint serves, the other one does not, and the
-        other way round.
+        "should only target nodes with endpoints": the node of the endpoint serves and says so to load balancers, the
+        other one does neither; and the other way round.
         """
-        it, targets, _ = self.balanced(externalTrafficPolicy="Local")
+        health = self.nodePort()
+        it, targets, _ = self.balanced(externalTrafficPolicy="Local", healthCheckNodePort=health)
         for pod, here, there in (("p0a", "n0", "n1"), ("p1a", "n1", "n0")):
             self.behind(it, pod)
+            self.assertEqual(self.healthy(health), {here: 200, there: 503})
             self.route(targets, here)
             self.expect(targets, {pod}, ("x",))
             self.route(targets, there)
@@ -122,7 +144,7 @@ class LoadBalancersMore(LoadBalancers):
         for target in targets:
             self.sticks("x", target)
 
-    def switches(self: Any, policy: str, everybody: set[str]) -> None:
+    def switches(self, policy: str, everybody: set[str]) -> None:
         it, targets, _ = self.balanced("p0a", "p0b", "p1a", externalTrafficPolicy=policy)
         for _ in range(2):
             self.expect(targets, everybody, ("x",))
@@ -153,7 +175,7 @@ class LoadBalancersMore(LoadBalancers):
         self.change(it, allocateLoadBalancerNodePorts=True, ports=[port(nodePort=number)])
         self.expect([*self.clusterIPs(it), *targets, *self.onNodes(number)], BOTH)
 
-    def rolls(self: Any, policy: str) -> None:
+    def rolls(self, policy: str) -> None:
         """
         On each node in turn: the old pod terminates; the new one is ready; the old one is gone. The load balancer
         sends to both nodes all the while, as it does before its health checks have told it better.
@@ -177,7 +199,7 @@ class LoadBalancersMore(LoadBalancers):
         self.assertEqual(load.failed, [])
         self.assertEqual(set(load.answers), {"p0a", "p0b", "p1a", "p1b"})
 
-    def again(self: Any, pod: str) -> None:
+    def again(self, pod: str) -> None:
         self.world.backends[pod] = self.world.startBackend(pod)
 
     def test_rollsCluster(self) -> None:
@@ -237,7 +259,7 @@ class LoadBalancersMore(LoadBalancers):
         self.down(without, ("x",))
         self.expect(self.onNodes(number, "n0"), {"p0a"}, ("x",))
 
-    def keeps(self: Any, first: str, second: str) -> None:
+    def keeps(self, first: str, second: str) -> None:
         """A client that keeps its port hears whoever is behind the Service, in whatever order they come and go."""
         it, targets, _ = self.balanced(udp=True)
         self.cycles(it, [self.talker("x", target) for target in targets], first, second, [behind(protocol="UDP")])

@@ -17,7 +17,7 @@ SLICE = [behind(), behind(name="udp", protocol="UDP")]
 class NetworkingCore(Scenario):
     """What every rule writer must bring about."""
 
-    def service(self: Any, *pods: str, **spec: Any) -> tuple[Json, list[Target], list[Target], int, int]:
+    def service(self, *pods: str, **spec: Any) -> tuple[Json, list[Target], list[Target], int, int]:
         """A NodePort Service for HTTP and UDP: it, its HTTP targets, its UDP targets, and its two node ports."""
         http, udp = self.nodePort(), self.nodePort()
         it = self.make(
@@ -27,7 +27,7 @@ class NetworkingCore(Scenario):
         targets = [*self.clusterIPs(it), *self.onNodes(http)]
         return it, targets, [*self.clusterIPs(it, 90), *self.onNodes(udp)], http, udp
 
-    def functions(self: Any, places: Sequence[str], udp: bool) -> None:
+    def functions(self, places: Sequence[str], udp: bool) -> None:
         """ClusterIP and node ports of a Service with two pods, dialled from there."""
         _, http, datagrams, _, _ = self.service()
         self.expect(datagrams if udp else http, BOTH, places, udp)
@@ -56,7 +56,7 @@ class NetworkingCore(Scenario):
         """ "should function for endpoint-Service: udp": the client is behind the Service itself."""
         self.functions(("p0a", "p1a"), True)
 
-    def large(self: Any, udp: bool, bodies: Sequence[bytes]) -> None:
+    def large(self, udp: bool, bodies: Sequence[bytes]) -> None:
         it, _, _, _, _ = self.service()
         for target in self.clusterIPs(it, 90 if udp else 80):
             for place in ("p0b", "n0", "x"):
@@ -76,7 +76,7 @@ class NetworkingCore(Scenario):
 class NetworkingMore(NetworkingCore):
     """What does not depend on the rule writer, or hardly."""
 
-    def updates(self: Any, udp: bool) -> None:
+    def updates(self, udp: bool) -> None:
         it, http, datagrams, _, _ = self.service()
         targets = datagrams if udp else http
         self.expect(targets, BOTH, udp=udp)
@@ -91,7 +91,7 @@ class NetworkingMore(NetworkingCore):
         """ "should update endpoints: udp": a pod that is deleted is asked no more."""
         self.updates(True)
 
-    def withoutNodePort(self: Any, udp: bool) -> None:
+    def withoutNodePort(self, udp: bool) -> None:
         it, _, _, httpPort, udpPort = self.service()
         targets = self.onNodes(udpPort if udp else httpPort)
         self.expect(targets, BOTH, udp=udp)
@@ -113,7 +113,7 @@ class NetworkingMore(NetworkingCore):
         _, _, _, _, number = self.service()
         self.expect(self.onNodes(number), BOTH, ("x",), udp=True)
 
-    def affinity(self: Any, udp: bool) -> None:
+    def affinity(self, udp: bool) -> None:
         _, http, datagrams, _, _ = self.service(**STICKY)
         for target in datagrams if udp else http:
             self.sticks("p0b", target, udp)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import socket
 import struct
@@ -163,15 +164,15 @@ class ServicesCore(Scenario):
         self.expect(self.clusterIPs(it), {"p0a"}, udp=True)
         self.change(it, ports=MIXED[:1])
         self.expect(self.clusterIPs(it), {"p0a"})
-        self.down(self.clusterIPs(it), udp=True)
+        self.refused(self.clusterIPs(it), ("p0b", "x"), udp=True)
         self.change(it, ports=MIXED[1:])
-        self.down(self.clusterIPs(it))
+        self.refused(self.clusterIPs(it))
         self.expect(self.clusterIPs(it), {"p0a"}, udp=True)
 
     def test_sctp(self) -> None:
         """
         "should allow creating a basic SCTP service with pod and endpoints": the TCP port beside it serves, an INIT is
-        refused by ICMP, and nobody has loaded the kernel's module.
+        refused by ICMP and told of in the status, and nobody has loaded the kernel's module.
         """
         loaded = self.sctpLoaded()
         it = self.make(
@@ -182,6 +183,8 @@ class ServicesCore(Scenario):
         self.assertEqual([self.sendInit(place, it) for place in ("p0b", "x")], [REFUSED] * 2)
         self.assertIn(self.sendInit("n0", it), (REFUSED, "PermissionError"))  # there it does not even leave
         self.assertEqual(self.sctpLoaded(), loaded)
+        problems = json.dumps(self.world.status())
+        self.assertRegex(problems, rf'"default/{it["metadata"]["name"]}:sctp/SCTP/IPv4": "SCTP')
 
     def sctpLoaded(self) -> bool:
         with open("/proc/net/protocols", encoding="ascii") as file:
@@ -214,7 +217,7 @@ class ServicesMore(Scenario):
         self.change(it, ports=[port(), port(81, name="more")])
         self.expect([*targets, *self.clusterIPs(it, 81)], {"p0a"})
         self.change(it, ports=[port()])
-        self.down(self.clusterIPs(it, 81))
+        self.refused(self.clusterIPs(it, 81))
         self.expect(targets, {"p0a"})
         self.assertEqual([ask() for ask in clients], ["p0a", "p0a"])
 
@@ -479,6 +482,20 @@ class ServicesMore(Scenario):
         number = self.nodePort()
         self.make("p0a", type="NodePort", ports=[port(nodePort=number)], more={"p0a": TERMINATING})
         self.expect(self.onNodes(number), {"p0a"}, ("x", "p0b", "p1b"))
+
+    def test_healthCheckNodePort(self) -> None:
+        """
+        "should fail health check node port if there are only terminating endpoints": while the node port serves on.
+        """
+        number, health = self.nodePort(), self.nodePort()
+        it = self.make(
+            "p0a", type="LoadBalancer", externalTrafficPolicy="Local", ports=[port(nodePort=number)],
+            healthCheckNodePort=health,
+        )
+        self.assertEqual(self.healthy(health), {"n0": 200, "n1": 503})
+        self.behind(it, "p0a", more={"p0a": TERMINATING})
+        self.assertEqual(self.healthy(health), {"n0": 503, "n1": 503})
+        self.expect(self.onNodes(number, "n0"), {"p0a"}, ("x",))
 
     def test_statusOpensLoadBalancer(self) -> None:
         """

@@ -7,7 +7,6 @@ label takes the place of a third one.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from twisted.trial.unittest import TestCase
 
@@ -25,17 +24,17 @@ def hints(zone: str, node: str = "") -> Json:
 class Topology(Scenario):
     """Zones, and who is asked from where."""
 
-    def zones(self: Any, **zones: str) -> None:
+    def zones(self, **zones: str) -> None:
         """The zone of each node."""
         self.addCleanup(lambda: self.world.apply(*(self.world.node(node) for node in zones)))
         self.world.apply(*(self.world.node(node, zone=zone) for node, zone in zones.items()))
 
-    def reaches(self: Any, it: Json, **expected: set[str]) -> None:
+    def reaches(self, it: Json, **expected: set[str]) -> None:
         """From each of these places, exactly these."""
         for place, whom in expected.items():
             self.expect(self.clusterIPs(it), whom, (place,))
 
-    def sameZone(self: Any, distribution: str) -> None:
+    def sameZone(self, distribution: str) -> None:
         """Whose zone has an endpoint asks that one; who has none, everybody."""
         more: Mapping[str, Json] = {"p0a": hints("a"), "p1a": hints("b")}
         self.zones(n0="a", n1="b")
@@ -44,7 +43,7 @@ class Topology(Scenario):
         self.zones(n1="c")
         self.reaches(it, p0b={"p0a"}, p1b=BOTH)
 
-    def severalNodes(self: Any, distribution: str) -> None:
+    def severalNodes(self, distribution: str) -> None:
         """Two nodes of one zone with a pod each; then one with a client and one with a pod; then a client alone."""
         self.zones(n0="a", n1="a")
         it = self.make("p0a", "p1a", more={"p0a": hints("a"), "p1a": hints("a")}, trafficDistribution=distribution)

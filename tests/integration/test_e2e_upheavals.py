@@ -61,10 +61,10 @@ class UpheavalsCore(Scenario):
             self.expect(targets, BOTH)
             self.expect(datagrams, BOTH, udp=True)
 
-    def service(self: Any) -> Json:
+    def service(self) -> Json:
         return self.make("p0a", "p1a", ports=[HTTP, UDP], slicePorts=SLICE)
 
-    def serves(self: Any, targets: Any, udp: bool) -> bool:
+    def serves(self, targets: Any, udp: bool) -> bool:
         return all(self.ask(place, target, udp, 0.2).name in BOTH for place in PLACES for target in targets)
 
 
@@ -72,6 +72,27 @@ class UpheavalsMore(UpheavalsCore):
     """What does not depend on the rule writer, or hardly."""
 
     settings = ""
+
+    def test_closeWait(self) -> None:
+        """
+        "should set TCP CLOSE_WAIT timeout [Privileged]": the kernel keeps a connection that the server has closed, and
+        the client has not, for an hour give or take a minute.
+        """
+        daemon = self.world.daemon
+        daemon.stop()
+        daemon.assertNoTraceback()
+        self.addCleanup(lambda: (self.world.daemon.stop(), self.world.startDaemon()))
+        self.world.startDaemon("[conntrack]\nsysctls = on\n")
+        it = self.make("p0a")
+        client = self.rig.connect("p0b", self.clusterIPs(it)[0])
+        self.addCleanup(client.close)
+        client.sendall(b"GET / HTTP/1.0\r\n\r\n")
+        while client.recv(1000):
+            pass
+        argv = ["conntrack", "-L", "-p", "tcp", "--state", "CLOSE_WAIT", "--sport", str(client.getsockname()[1])]
+        found = waitFor(lambda: self.rig.run("n0", argv).stdout, 5)
+        seconds = int(found.split()[2])
+        self.assertTrue(3540 <= seconds <= 3660, found)
 
     def test_apiRestarts(self) -> None:
         """
