@@ -337,6 +337,6 @@ class Load:
                 return
 
     def until(self, more: int) -> None:
-        """Until so many more requests have been made."""
+        """Until so many more requests have been made, or one has failed."""
         wanted = self.total + more
-        waitFor(lambda: self.total >= wanted, 30)
+        waitFor(lambda: self.total >= wanted or self.failed, 30)
