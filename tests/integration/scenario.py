@@ -248,7 +248,14 @@ class Scenario:
         return it
 
     def cycles(self, it: Json, talkers: list[Talker], first: str, second: str, ports: Any) -> None:
-        """The first pod comes; the second one comes, the first goes; and all over again with the parts exchanged."""
+        """
+        The first pod comes; the second one comes, the first goes; and all over again with the parts exchanged. Beyond
+        upstream, clients ask before there is a Service, and while it has no pod in between.
+        """
+        self.world.delete(it)
+        for talker in talkers:
+            talker.unanswered(3)
+        self.world.apply(it)
         for old, new in ((first, second), (second, first)):
             self.behind(it, old, ports=ports)
             for talker in talkers:
@@ -257,6 +264,9 @@ class Scenario:
             self.behind(it, new, ports=ports)
             for talker in talkers:
                 talker.hears(new)
+            self.behind(it, ports=ports)
+            for talker in talkers:
+                talker.unanswered(3)
 
 
 class Talker:
@@ -275,6 +285,7 @@ class Talker:
         self._socket.connect(target)
         self._socket.settimeout(0.05)
         self._stop = threading.Event()
+        self.where = f"{place} from port {own} at {target}"
         self.last = ""
         self.misses = 0
         self._thread = threading.Thread(target=self._talk)
@@ -291,7 +302,11 @@ class Talker:
 
     def hears(self, whom: str, seconds: float = 5) -> None:
         """:raise AssertionError: where it is not so within so many seconds (upstream: 60)."""
-        waitFor(lambda: self.last == whom, seconds)
+        try:
+            waitFor(lambda: self.last == whom, seconds)
+        except AssertionError:
+            heard = f"{self.last!r} last, then {self.misses} times nobody"
+            raise AssertionError(f"{self.where} was to hear {whom!r} within {seconds} s, and heard {heard}") from None
 
     def unanswered(self, count: int) -> None:
         """Until so many datagrams one after the other had no answer."""
