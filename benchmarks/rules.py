@@ -375,6 +375,42 @@ async def flows(reactor: Any) -> None:
                 await forgetful.forget({it: frozenset() for it in keys})
             what = f"conntrack: 200 stale flows of 100,000, {shown}"
             row(what, statistics.median(ours), statistics.median(theirs), "conntrack -D")
+        await everyFlow(reactor, space, forgetful)
+
+
+async def everyFlow(reactor: Any, space: Namespace, flows: Flows) -> None:
+    """A look at all of a hundred thousand flows to a thousand frontends: none is stale, some are, half of them are."""
+    right, wrong = Target("192.0.2.2", 40000), Target("192.0.2.2", 40001)
+    where = [f"10.97.{n % 4}.{n // 4 % 250 + 1}" for n in range(1000)]
+    led = {key(it, 53, "UDP"): frozenset({right}) for it in where}
+
+    def look(led: Any) -> Work:
+        return lambda _n: flows.reconcile(led, [right, wrong])
+
+    def lists(_n: int) -> None:
+        space.run("conntrack", "-L", "-p", "udp")
+
+    ours, theirs = await turns(5, look(led), lists)
+    row("conntrack: a look at 100,000 flows, none stale", ours, theirs, "conntrack -L")
+    with Lateness(reactor) as late:
+        await turns(5, look(led))
+    print(f"{'conntrack: the reactor is late meanwhile, at most':<58} {late.worst * 1e3:9.2f} ms", flush=True)
+
+    def again(count: int) -> None:
+        addresses = ((n % 1000, f"10.{1 + n // 62_500}.{n // 250 % 250}.{n % 250 + 1}") for n in range(count))
+        plant(space.socket, ((it, 9000, where[at], 53, "192.0.2.2", 40001) for at, it in addresses))
+
+    def drops(_n: int) -> None:
+        space.run("conntrack", "-D", "-p", "udp", "--reply-port-src", "40001", check=False)
+
+    for count in (200, 50_000):
+        took: list[list[float]] = [[], []]
+        for n in range(3):
+            for work, found in zip((look(led), drops), took, strict=True):
+                again(count)
+                found.append(await timed(work, n))
+        what = f"conntrack: a look at 100,000 flows and {count:,} stale ones"
+        row(what, *map(statistics.median, took), "conntrack -D")
 
 
 ROWS = {

@@ -22,6 +22,7 @@ from .configmodel import (
     Key,
     PluginOptions,
     SourceOptions,
+    conntrackSettings,
     nodeSettings,
     schema,
 )
@@ -38,6 +39,7 @@ __all__ = [
     "PluginOptions",
     "SourceOptions",
     "checkFiles",
+    "conntrackSettings",
     "effective",
     "load",
     "nodeSettings",

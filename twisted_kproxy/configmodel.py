@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 from msgspec import Struct
 
@@ -144,6 +144,11 @@ def nodeSettings(config: Config) -> NodeSettings:
         allowed=config.frontendAllow,
         denied=config.frontendDeny,
     )
+
+
+def conntrackSettings(config: Config) -> tuple[Any, ...]:
+    """What a configuration says in section ``[conntrack]``, in the order of its keys."""
+    return tuple(getattr(config, key.attribute) for key in schema()["conntrack"])
 
 
 class Key(Struct, frozen=True):

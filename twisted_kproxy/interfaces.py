@@ -93,8 +93,8 @@ class ISource(IService):
 
     def ages() -> Mapping[str, float | None]:
         """
-        For each kind, seconds since the source was last heard to be in agreement with what it was told of
-        (``None``: never yet). Seconds are of the monotonic clock.
+        For each of its kinds, and others that it reads where there are any, seconds since the source was last heard to
+        be in agreement with what it was told of (``None``: never yet). Seconds are of the monotonic clock.
         """
 
     def status() -> Mapping[str, Any]:
@@ -105,7 +105,7 @@ class ISource(IService):
 
 
 class IEventRecorder(Interface):
-    """Tells the cluster's operators of something, as an Event on an object of theirs (:command:`kubectl get events`)."""
+    """Tells the cluster's operators of something, as an Event about an object (:command:`kubectl get events`)."""
 
     def record(
         kind: str, namespace: str, name: str, uid: str, reason: str, action: str, note: str, warning: bool = False

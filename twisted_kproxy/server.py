@@ -6,13 +6,9 @@ sources → cluster → syncer → broadcast → metrics, load balancer, datapla
 
 from __future__ import annotations
 
-import atexit
 import gc
 import os
-import signal
-import sys
-import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from twisted.application.service import MultiService
@@ -26,9 +22,9 @@ from .balance.balancer import LoadBalancer
 from .balance.failures import EndpointFailures
 from .broadcast import Broadcast
 from .cluster import Cluster
-from .config import Config, effective, nodeSettings
+from .config import Config, conntrackSettings, effective, nodeSettings
 from .core.changes import Update
-from .core.values import FAMILIES, PoolName
+from .core.values import Family, PoolName
 from .interfaces import (
     IBalancingPolicy,
     IDataplane,
@@ -46,12 +42,14 @@ from .interfaces import (
     NotAvailable,
 )
 from .metrics import LoopLag, Metrics
+from .netfilter.addresswatch import AddressWatch
 from .netfilter.choose import chooseWriter, removeLeftovers
 from .netfilter.claim import NamespaceClaim
 from .netfilter.conntrack import Flows
 from .netfilter.node import primaryAddress
 from .netfilter.plane import RulePlane
-from .netfilter.sysctls import Wishes, apply, warnOfLocalPorts
+from .netfilter.sysctls import KernelSettings, Wishes, nodePortsOf, warnOfLocalPorts
+from .process import catchSignals, exitStatus
 from .redaction import redactedValue
 from .report import Report
 from .sources.events import NoEvents
@@ -134,15 +132,16 @@ class ProxyServer(MultiService):
         makePolicy: Callable[[], IBalancingPolicy] = policy.make
         self.balancer = LoadBalancer(reactor, makePolicy)
         self.sources: list[ISource] = []
-        self.events: IEventRecorder = NoEvents()
         self.cluster = Cluster(config.nodeName, config.proxyName, nodeSettings(config))
-        self.cluster.hostAddresses(filter(None, map(primaryAddress, FAMILIES)))
+        self.addresses = AddressWatch(reactor, self._addressesChanged)
+        self.addresses.setServiceParent(self)  # type: ignore[no-untyped-call]
+        self.cluster.hostAddresses(filter(None, self.addresses.addresses.values()))
         self.cluster.nodeChanged = self.health.nodeChanged
         self.cluster.nodesListed = self._nodesListed
         self._makeSources()
         self.dataplane: IDataplane | None = None
         self.checks: HealthChecks | None = None
-        self._sysctlsWait = False
+        self._kernel = KernelSettings(Wishes(*conntrackSettings(config)))
         self.syncer: Syncer | None = None
         self._starting: Deferred[None] | None = None
         self._leftovers: Deferred[Any] | None = None
@@ -161,6 +160,10 @@ class ProxyServer(MultiService):
             )
             self.cluster.expect(source.name, source.kinds)
             self.sources.append(source)
+        #: of the first source that has somebody to tell
+        self.events: IEventRecorder = next(
+            (IEventRecorder(it) for it in self.sources if IEventRecorder.providedBy(it)), NoEvents()
+        )
         self.metrics.watchSources(lambda: self.sources)
         self.metrics.watchProblems(self.cluster.problems)
         self.metrics.watchRefused(self.cluster.refused)
@@ -240,7 +243,7 @@ class ProxyServer(MultiService):
         self.log.info("kproxy {version} starts on node {node}", version=__version__, node=self._config.nodeName)
         for source in self.sources:
             source.setServiceParent(self)  # type: ignore[no-untyped-call]
-        self._reactor.callWhenRunning(self._catchSignals)
+        self._reactor.callWhenRunning(catchSignals, self._reactor, lambda: self._stopping, self.cut)
         self._starting = Deferred.fromCoroutine(self._start())
         self._starting.addErrback(self._giveUp)
 
@@ -252,7 +255,7 @@ class ProxyServer(MultiService):
         self.dataplane = dataplane
         if self._stopping:
             return
-        self._sysctlsWait = self._applySysctls() == "absent"
+        self._kernel.apply()
         self.checks = HealthChecks(
             self._reactor, config.nodeName, lambda: self.health.health().healthy, self.events,
             budget=self._budget, answered=self.metrics.upkeep.answered,
@@ -286,6 +289,7 @@ class ProxyServer(MultiService):
         self.health.stopping()
         if self.checks is not None:
             self.checks.stopping()
+        self.addresses.stopService()
         for source in self.sources:
             await maybeDeferred(source.disownServiceParent)
         if self._starting is not None:
@@ -309,25 +313,6 @@ class ProxyServer(MultiService):
             self.log.info("Cutting the connections that are still open")
             self.dataplane.stop(0).addErrback(lambda failure: self.log.failure("Cutting failed", failure))
 
-    def _catchSignals(self) -> None:
-        """The first SIGTERM or SIGINT stops the reactor, a second one cuts. Twisted itself knows only the first."""
-
-        def caught(number: int, frame: object) -> None:
-            self._reactor.callFromThread(self.cut if self._stopping else self._reactor.stop)
-
-        def ignored(number: int, frame: object) -> None:
-            self._reactor.callFromThread(
-                self.log.info, "{signal} is ignored; the configuration is read at the start only",
-                signal=signal.Signals(number).name,
-            )
-
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, caught)
-            # Left alone they would end the process without a word, and its rules would lead nowhere.
-            for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
-                signal.signal(number, ignored)
-
     def _giveUp(self, failure: Failure) -> None:
         if self._stopping:
             return
@@ -335,10 +320,15 @@ class ProxyServer(MultiService):
             self.log.critical("kproxy cannot run: {error}", error=failure.getErrorMessage())
         else:
             self.log.failure("kproxy cannot run", failure)
-        _exitStatus(1)
+        exitStatus(1)
         self._reactor.callWhenRunning(self._reactor.stop)
 
     # --- what happens meanwhile
+
+    def _addressesChanged(self, addresses: Mapping[Family, str | None]) -> None:
+        self.cluster.hostAddresses(filter(None, addresses.values()))
+        if self.syncer is not None:
+            self.syncer.resync()
 
     def _changedOutside(self) -> None:
         if self.syncer is not None:
@@ -352,33 +342,17 @@ class ProxyServer(MultiService):
         reactor waiting, for some hundred milliseconds with thousands of Services. Garbage of later on is found as ever.
         """
         gc.freeze()
-        if self._sysctlsWait:  # the first rules have made the kernel track connections
-            self._applySysctls()
-        warnOfLocalPorts(self._nodePorts())
+        self._kernel.apply()  # the first rules make the kernel track connections, where it did not yet
+        warnOfLocalPorts(nodePortsOf(self.cluster.latest))
         makers = [plugin.find(IWriterMaker, name) for name in plugin.names(IWriterMaker)]
         others = [(maker.name, lambda maker=maker: maker.make(self._reactor)) for maker in makers]
         self._leftovers = removeLeftovers(active, others)
-
-    def _applySysctls(self) -> str:
-        config = self._config
-        return apply(
-            Wishes(
-                mode=config.conntrackSysctls,
-                maxPerCore=config.conntrackMaxPerCore,
-                minimum=config.conntrackMin,
-                tcpEstablished=config.conntrackTcpEstablished,
-                tcpCloseWait=config.conntrackTcpCloseWait,
-                udp=config.conntrackUdp,
-                udpStream=config.conntrackUdpStream,
-                tcpBeLiberal=config.conntrackTcpBeLiberal,
-            )
+        node, name = self.cluster.node, self._config.nodeName
+        self.events.record(
+            # kubectl looks for events of a Node by its name in the place of its uid, too
+            "Node", "", name, (node.metadata.uid if node is not None else None) or name,
+            "Starting", "StartKproxy", f"kproxy {__version__} serves on this node",
         )
-
-    def _nodePorts(self) -> Iterator[int]:
-        for port in self.cluster.latest.values():
-            yield from (it.port for it in port.frontends if it.kind == "NodePort")
-            if port.healthCheckPort:
-                yield port.healthCheckPort
 
     def _nodesListed(self, source: str) -> None:
         """An API server that does not know our node: a wrong name, most of all, and then nothing is local."""
@@ -437,17 +411,3 @@ def cleanup(reactor: Any) -> Deferred[list[str]]:
         could not be removed.
     """
     return Deferred.fromCoroutine(_cleanup(reactor))
-
-
-def _exitStatus(status: int) -> None:
-    """
-    Let the process end with that status. twistd has no means to say so, and exceptions in shutdown triggers are only
-    logged; what is registered last with atexit runs first, so output that others flush there is flushed here.
-    """
-
-    def leave() -> None:
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-        os._exit(status)
-
-    atexit.register(leave)

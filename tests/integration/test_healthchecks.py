@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 from typing import Any
 from unittest import SkipTest
 
@@ -103,22 +104,20 @@ class HealthCheckPortTests(TestCase):
             self.assertEqual(self.world.curl("x", f"http://{host}:{service['spec']['ports'][0]['nodePort']}/"), "p0a")
 
     def test_claimedTwice(self) -> None:
-        """Of two Services that claim one port the older one is answered for; when it goes, the other one is."""
+        """Of two Services that claim one port the older one (or the first by name) has it, then the other one."""
         older = self.make("hc-older", 32103, "p0a")
         self.become(200, 1)
-        self.make("hc-a-younger", 32103)
+        self.make("hc-younger", 32103)
         self.name = "hc-older"
         self.become(200, 1)
         self.assertIn("32103", str(self.world.status()["pending"]))
         self.world.api.delete(older)
-        self.name = "hc-a-younger"
+        self.name = "hc-younger"
         self.become(503, 0)
 
     def test_inUse(self) -> None:
         """A port that another program has is told of, and served as soon as it is free."""
         with self.rig.open("n0"):
-            import socket
-
             other = socket.create_server(("0.0.0.0", 32104))
         self.addCleanup(other.close)
         self.make("hc-inuse", 32104, "p0a")

@@ -13,9 +13,10 @@ from twisted.trial.unittest import SynchronousTestCase
 from tests.shared.writers import key
 from twisted_kproxy.core.rules import Target
 from twisted_kproxy.core.values import EVERYWHERE, Family, FrontendKey
-from twisted_kproxy.netfilter.conntrack import Judge
-from twisted_kproxy.netfilter.flowscan import NEW, Flow, Scanner, Spot, at, decode, question, spot
+from twisted_kproxy.netfilter.conntrack import Judge, judging
+from twisted_kproxy.netfilter.flowscan import NEW, Flow, Scanner, Spot, decode, identity, question, spot
 from twisted_kproxy.netfilter.netlink import NESTED, attribute, attributes, message
+from twisted_kproxy.netfilter.slices import finish
 
 
 def side(source: str, sport: int, destination: str, dport: int, protocol: int = 17) -> bytes:
@@ -64,11 +65,18 @@ class FlowTests(SynchronousTestCase):
         answer = attribute(1 | NESTED, orig)
         answer += attribute(2 | NESTED, side("192.0.2.2", 40002, "10.244.0.9", 5000))
         answer += attribute(12, b"\0\0\0\x07") + attribute(3, b"\0\0\x01\x8e") + attribute(18, b"\0\x03")
-        identity = attribute(1 | NESTED, orig) + attribute(12, b"\0\0\0\x07") + attribute(18, b"\0\x03")
-        found = decode(answer)
         self.assertEqual(
-            found, Flow(17, (socket.inet_aton("10.96.0.10"), 53), (socket.inet_aton("192.0.2.2"), 40002), identity)
+            decode(answer), Flow(17, (socket.inet_aton("10.96.0.10"), 53), (socket.inet_aton("192.0.2.2"), 40002))
         )
+
+    def test_identity(self) -> None:
+        """A flow is named by what was sent, its zone and its number; what cannot be read ends it."""
+        orig = attribute(1 | NESTED, side("10.244.0.9", 5000, "10.96.0.10", 53))
+        zone, number = attribute(18, b"\0\x03"), attribute(12, b"\0\0\0\x07")
+        answer = orig + attribute(2 | NESTED, b"1234") + zone + attribute(3, b"\0\0\1\x8e") + number + attribute(8, b"")
+        data = b"before" + message(NEW, 2, 1, 2, answer)
+        self.assertEqual(identity(data, 6), orig + zone + number)
+        self.assertEqual(identity(message(NEW, 2, 1, 2, orig + b"\2\0\1\0"), 0), orig)
 
     def test_decode6(self) -> None:
         """IPv6 likewise."""
@@ -123,10 +131,10 @@ class ScannerTests(SynchronousTestCase):
             self.assertEqual(scanner.strange, 0)
             self.assertEqual(list(scanner.rows(data, 2)), [], "answers to another request")
             for dialled, answers, start in expected:
-                flow = at(data, start)
+                flow = decode(data[start + 20 : start + int.from_bytes(data[start : start + 4], "little")])
                 assert flow is not None
                 self.assertEqual((spot(*flow.destination), spot(*flow.source)), (dialled, answers))
-                self.assertIn(b"\x08\0\x0c\0", flow.identity, "the kernel's number of the flow")
+                self.assertIn(b"\x08\0\x0c\0", identity(data, start), "the kernel's number of the flow")
 
     def test_mixed(self) -> None:
         """Flows of any length and look, other messages and other protocols among them: as reading with care has it."""
@@ -155,7 +163,7 @@ class ScannerTests(SynchronousTestCase):
         """Whatever comes, no error, and nothing that reading with care would not give."""
         data = b"".join(message(NEW, 2, 1, 2, it) for it in answers) + rest
         for dialled, source, start in Scanner("IPv4").rows(data, 1):
-            flow = at(data, start)
+            flow = decode(data[start + 20 : start + int.from_bytes(data[start : start + 4], "little")])
             assert flow is not None
             self.assertEqual((dialled, source), (spot(*flow.destination), spot(*flow.source)))
 
@@ -172,7 +180,7 @@ class JudgeTests(SynchronousTestCase):
             self.asked.append(address)
             return address in (socket.inet_aton("192.0.2.2"), socket.inet_aton("127.0.0.1"))
 
-        return Judge("IPv4", led, own, nodePorts, isLocal)
+        return finish(judging("IPv4", led, own, nodePorts, isLocal))
 
     def test_addressed(self) -> None:
         """A flow to a frontend is stale when it is answered from elsewhere than the rules lead, or was never led."""

@@ -10,6 +10,7 @@ from twisted.internet import reactor
 from twisted.internet.address import IPv4Address, IPv6Address
 from twisted.internet.defer import Deferred, succeed
 from twisted.internet.error import ConnectionDone
+from twisted.internet.protocol import ServerFactory
 from twisted.internet.task import Clock
 from twisted.internet.testing import StringTransport
 from twisted.logger import LogLevel, capturedLogs
@@ -317,8 +318,6 @@ class ListenTests(TestCase):
 
     async def test_bothFamilies(self) -> None:
         """IPv4 and IPv6 listen on one number, each for itself; a second time it is taken."""
-        from twisted.internet.protocol import ServerFactory
-
         four = listenOn(reactor, "IPv4", 0, ServerFactory())
         number = four.getHost().port  # type: ignore[attr-defined]
         six = listenOn(reactor, "IPv6", number, ServerFactory())

@@ -8,14 +8,18 @@ from typing import Any
 from twisted.logger import LogLevel, capturedLogs
 from twisted.trial.unittest import SynchronousTestCase
 
+from tests.builders import serviceMap, servicePort
+from twisted_kproxy.config import Config, conntrackSettings
+from twisted_kproxy.core.values import Frontend
 from twisted_kproxy.netfilter.sysctls import (
     LIMIT,
+    KernelSettings,
     Setting,
     Wishes,
     Write,
-    apply,
     connectionsWanted,
     decide,
+    nodePortsOf,
     read,
     unreserved,
     warnOfLocalPorts,
@@ -139,7 +143,7 @@ class FilesTests(SynchronousTestCase):
         """The settings are as wanted afterwards, and the log tells of each what it was and is."""
         self.fill()
         with capturedLogs() as logs:
-            self.assertEqual(apply(Wishes(), self.root, 8), "done")
+            KernelSettings(Wishes(), self.root, 8).apply()
         self.assertEqual(
             self.now(),
             {
@@ -154,7 +158,7 @@ class FilesTests(SynchronousTestCase):
         """With auto nothing is touched, nor said, in a namespace that is not the host's."""
         self.fill(host=False)
         with capturedLogs() as logs:
-            self.assertEqual(apply(Wishes(), self.root, 8), "done")
+            KernelSettings(Wishes(), self.root, 8).apply()
         self.assertEqual((self.now(), logs), (FOUND, []))
 
     def test_refused(self) -> None:
@@ -164,15 +168,41 @@ class FilesTests(SynchronousTestCase):
         os.unlink(path)
         os.mkdir(path)
         with capturedLogs() as logs:
-            apply(Wishes(), self.root, 8)
+            KernelSettings(Wishes(), self.root, 8).apply()
         (warning,) = [it for it in logs if it["log_level"] is LogLevel.warn]
         self.assertEqual((warning["name"], warning["value"]), ("nf_conntrack_tcp_timeout_established", 86400))
         self.assertEqual(self.now()["nf_conntrack_tcp_timeout_close_wait"], 3600)
 
+    def test_once(self) -> None:
+        """What others change afterwards stays."""
+        self.fill()
+        settings = KernelSettings(Wishes(), self.root, 8)
+        settings.apply()
+        self.fill()
+        settings.apply()
+        self.assertEqual(self.now(), FOUND)
+
     def test_absent(self) -> None:
-        """Without connection tracking there is nothing to write yet; unless nothing is wanted."""
-        self.assertEqual(apply(Wishes(), self.root, 8), "absent")
-        self.assertEqual(apply(Wishes(mode="off"), self.root, 8), "done")
+        """Without connection tracking there is nothing to write yet; the next call does."""
+        settings = KernelSettings(Wishes(), self.root, 8)
+        settings.apply()
+        self.assertFalse(settings.done)
+        self.fill()
+        settings.apply()
+        self.assertTrue(settings.done)
+        self.assertEqual(self.now()["nf_conntrack_max"], 262144)
+
+    def test_order(self) -> None:
+        """What the configuration says comes in the order of its keys."""
+        config = Config("", conntrackTcpCloseWait=7, conntrackUdpStream=8, conntrackMin=9)
+        self.assertEqual(Wishes(*conntrackSettings(config)), Wishes(tcpCloseWait=7, udpStream=8, minimum=9))
+        self.assertEqual(Wishes(*conntrackSettings(Config(""))), Wishes())
+
+    def test_nodePorts(self) -> None:
+        """Node ports and health-check ports count."""
+        frontends = [Frontend("ClusterIP", "10.96.0.1", 80), Frontend("NodePort", None, 30080)]
+        services = serviceMap(servicePort(frontends=frontends, healthCheckPort=32000))
+        self.assertEqual(list(nodePortsOf(services)), [30080, 32000])
 
     def test_localPorts(self) -> None:
         """Node ports among the ports that connections get are told of, once and together; reserved ones are not."""

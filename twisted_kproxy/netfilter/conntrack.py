@@ -11,11 +11,10 @@ import errno
 import ipaddress
 import re
 import socket
-import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from itertools import islice
+from typing import Any, TypeVar
 
-from msgspec import Struct
 from twisted.internet.defer import Deferred
 from twisted.internet.threads import deferToThreadPool
 from twisted.logger import Logger
@@ -23,32 +22,30 @@ from twisted.logger import Logger
 from ..core.rules import Target
 from ..core.values import EVERYWHERE, FAMILIES, Family, FrontendKey
 from ..interfaces import KproxyError
-from .flowscan import DELETE, GET, SOCKETS, Flow, Scanner, Spot, at, question, spot
+from .flowscan import DELETE, GET, SOCKETS, Scanner, Spot, identity, question, spot
 from .netlink import NLM_F_ACK, NLM_F_REQUEST, NetlinkSocket, Refused, SocketOpener, message
 from .node import Localness
+from .slices import Slices, inSlices
 from .tool import Tool, find
 
 #: Deletions sent to the kernel at once.
 _AT_ONCE = 200
+#: Buffers received at once; to read the some 150 flows of each takes about a tenth of a millisecond.
+_BUFFERS = 8
+
+_T = TypeVar("_T")
 
 
 class FlowsRemain(KproxyError):
     """Stale flows could not be deleted."""
 
 
-class Tally(Struct, frozen=True):
-    """What became of the flows of one family: how long it took, how many were deleted."""
-
-    family: Family
-    seconds: float
-    deleted: int
-
-
 class Judge:
     """
     Says which flows of one family are led astray.
 
-    :param led: for each frontend the targets that the rules lead to; none for one that is refused, dropped or gone.
+    :param addressed: for each address and port the spots that the rules lead to.
+    :param numbered: the same for the number of each node port.
     :param own: where only rules of ours lead to: flows that end there and were sent to no frontend that leads there are
         stale. Only those that were rewritten count.
     :param nodePorts: the networks in which addresses of this node serve node ports.
@@ -58,21 +55,14 @@ class Judge:
     def __init__(
         self,
         family: Family,
-        led: Mapping[FrontendKey, frozenset[Target]],
+        addressed: Mapping[Spot, frozenset[Spot]],
+        numbered: Mapping[bytes, frozenset[Spot]],
         own: Iterable[Target],
         nodePorts: Sequence[str],
         isLocal: Callable[[bytes], bool],
     ) -> None:
-        self._addressed: dict[Spot, frozenset[Spot]] = {}
-        self._numbered: dict[bytes, frozenset[Spot]] = {}
-        for key, targets in led.items():
-            if key.family != family or key.protocol != "UDP":
-                continue
-            port, spots = key.port.to_bytes(2, "big"), frozenset(_spot(it) for it in targets)
-            if key.address:
-                self._addressed[_packed(key.address), port] = spots
-            else:
-                self._numbered[port] = spots
+        self._addressed = addressed
+        self._numbered = numbered
         self._own = frozenset(_spot(it) for it in own if (":" in it.address) == (family == "IPv6"))
         self._networks = [
             it for it in map(ipaddress.ip_network, nodePorts) if it.version == (4 if family == "IPv4" else 6)
@@ -102,6 +92,31 @@ class Judge:
         return known
 
 
+def judging(
+    family: Family,
+    led: Mapping[FrontendKey, frozenset[Target]],
+    own: Iterable[Target],
+    nodePorts: Sequence[str],
+    isLocal: Callable[[bytes], bool],
+) -> Slices[Judge]:
+    """
+    The judge of a family.
+
+    :param led: for each frontend the targets that the rules lead to; none for one that is refused, dropped or gone.
+    """
+    addressed: dict[Spot, frozenset[Spot]] = {}
+    numbered: dict[bytes, frozenset[Spot]] = {}
+    for key, targets in led.items():
+        if key.family == family and key.protocol == "UDP":
+            port, spots = key.port.to_bytes(2, "big"), frozenset(_spot(it) for it in targets)
+            if key.address:
+                addressed[_packed(key.address), port] = spots
+            else:
+                numbered[port] = spots
+            yield
+    return Judge(family, addressed, numbered, own, nodePorts, isLocal)
+
+
 def _packed(address: str) -> bytes:
     return socket.inet_pton(socket.AF_INET6 if ":" in address else socket.AF_INET, address)
 
@@ -110,10 +125,16 @@ def _spot(it: Target) -> Spot:
     return spot(_packed(it.address), it.port)
 
 
+def _everywhere(family: Family) -> list[tuple[str, int] | None]:
+    """All UDP flows."""
+    return [None]
+
+
 class Flows:
     """
-    Deletes UDP flows, in a thread: a look through a hundred thousand flows takes about a tenth of a second, most of it
-    the kernel's, and the reactor has the interpreter's lock meanwhile.
+    Deletes UDP flows. A look through a hundred thousand flows takes about two tenths of a second. The larger part of
+    it is the kernel's, which looks through its whole table where it finds nothing to tell of: for that a thread waits.
+    What it tells is read in slices.
 
     :param openSocket: opens netlink and datagram sockets; see :data:`~twisted_kproxy.netfilter.netlink.SocketOpener`.
     :param tool: runs the ``conntrack`` program where netlink fails; made when first needed.
@@ -144,7 +165,7 @@ class Flows:
         Delete the UDP flows to each frontend, but those that are led to one of its targets.
 
         :param nodePorts: the networks in which addresses of this node serve node ports.
-        :return: fires with how many were deleted, some hundred per millisecond; fails with :class:`FlowsRemain`.
+        :return: fires with how many were deleted, about a hundred per millisecond; fails with :class:`FlowsRemain`.
         """
         return Deferred.fromCoroutine(self._forget(dict(stale), nodePorts))
 
@@ -168,8 +189,11 @@ class Flows:
         stale = {key: targets for key, targets in stale.items() if key.protocol == "UDP"}
         if not stale:
             return 0
+        where: Callable[[Family], Sequence[tuple[str, int] | None]] = _everywhere
+        if len(stale) <= self.SINGLY:
+            where = lambda family: [(key.address, key.port) for key in stale if key.family == family]  # noqa: E731
         try:
-            return await self._inThread(self._singly if len(stale) <= self.SINGLY else self._look, stale, (), nodePorts)
+            return await self._look(stale, (), nodePorts, where)
         except OSError as error:
             self.log.warn("Flows could not be deleted by netlink: {error!r}; trying conntrack.", error=error)
             return await self._byTool(stale)
@@ -178,89 +202,76 @@ class Flows:
         self, led: Mapping[FrontendKey, frozenset[Target]], own: Collection[Target], nodePorts: Sequence[str]
     ) -> int:
         try:
-            return await self._inThread(self._look, led, own, nodePorts)
+            return await self._look(led, own, nodePorts, _everywhere)
         except OSError as error:
             raise FlowsRemain(f"the flows could not be looked through: {error!r}") from error
 
-    async def _inThread(self, work: Callable[..., list[Tally]], *arguments: Any) -> int:
-        found = await deferToThreadPool(self._reactor, self._reactor.getThreadPool(), work, *arguments)
-        if self._observe is not None:
-            for it in found:
-                self._observe(it.family, it.seconds, it.deleted)
-        return sum(it.deleted for it in found)
+    # --- netlink ---
 
-    # --- netlink, in a thread ---
-
-    def _look(
-        self, led: Mapping[FrontendKey, frozenset[Target]], own: Collection[Target], nodePorts: Sequence[str]
-    ) -> list[Tally]:
-        """At all UDP flows."""
-        return self._each(led, own, nodePorts, lambda family: [None])
-
-    def _singly(
-        self, led: Mapping[FrontendKey, frozenset[Target]], own: Collection[Target], nodePorts: Sequence[str]
-    ) -> list[Tally]:
-        """At those to each frontend."""
-        return self._each(
-            led, own, nodePorts, lambda family: [(key.address, key.port) for key in led if key.family == family]
-        )
-
-    def _each(
+    async def _look(
         self,
         led: Mapping[FrontendKey, frozenset[Target]],
         own: Collection[Target],
         nodePorts: Sequence[str],
-        narrowed: Callable[[Family], Sequence[tuple[str, int] | None]],
-    ) -> list[Tally]:
-        tallies = []
+        where: Callable[[Family], Sequence[tuple[str, int] | None]],
+    ) -> int:
+        """:param where: what the kernel is asked for, one by one; ``None`` for all UDP flows."""
+        total = 0
         netlink = NetlinkSocket(self._opener)
         localness = Localness(self._opener)
         try:
             for family in FAMILIES:
-                begun = time.perf_counter()
-                judge = Judge(family, led, own, nodePorts, localness.isLocal)
+                begun = self._reactor.seconds()
+                judge = await inSlices(self._reactor, judging(family, led, own, nodePorts, localness.isLocal))
                 if not judge:
                     continue
                 deleted = 0
-                for where in narrowed(family):
-                    found = {it.identity for it in self._stale(netlink, family, where, judge)}
-                    deleted += self._delete(netlink, family, sorted(found))
-                tallies.append(Tally(family, time.perf_counter() - begun, deleted))
+                for narrowed in where(family):
+                    found = sorted(await self._stale(netlink, family, narrowed, judge))
+                    for start in range(0, len(found), _AT_ONCE):
+                        some = found[start : start + _AT_ONCE]
+                        deleted += await self._inThread(self._delete, netlink, family, some)
+                if self._observe is not None:
+                    self._observe(family, self._reactor.seconds() - begun, deleted)
+                total += deleted
         finally:
             localness.close()
             netlink.close()
-        return tallies
+        return total
 
-    @staticmethod
-    def _stale(
-        netlink: NetlinkSocket, family: Family, where: tuple[str, int] | None, judge: Judge
-    ) -> Iterator[Flow]:
+    async def _stale(
+        self, netlink: NetlinkSocket, family: Family, where: tuple[str, int] | None, judge: Judge
+    ) -> set[bytes]:
+        """What names each flow that is stale."""
         # The table always changes, and no dump of it is consistent. What came while it was read came after the rules.
+        found: set[bytes] = set()
         scanner = Scanner(family)
         stale = judge.stale
-        for data, number in netlink.buffers(GET, SOCKETS[family], question(family, where)):
-            for dialled, answers, start in scanner.rows(data, number):
-                if stale(dialled, answers):
-                    flow = at(data, start)
-                    if flow is not None:
-                        yield flow
+        source = netlink.buffers(GET, SOCKETS[family], question(family, where))
+        while buffers := await self._inThread(lambda: list(islice(source, _BUFFERS))):
+            for data, number in buffers:
+                for dialled, answers, start in scanner.rows(data, number):
+                    if stale(dialled, answers):
+                        found.add(identity(data, start))
+        return found
 
     @staticmethod
-    def _delete(netlink: NetlinkSocket, family: Family, identities: list[bytes]) -> int:
+    def _delete(netlink: NetlinkSocket, family: Family, identities: Sequence[bytes]) -> int:
+        first = netlink.numbers(len(identities))
+        data = b"".join(
+            message(DELETE, NLM_F_REQUEST | NLM_F_ACK, number, SOCKETS[family], it)
+            for number, it in enumerate(identities, first)
+        )
         count = 0
-        for start in range(0, len(identities), _AT_ONCE):
-            some = identities[start : start + _AT_ONCE]
-            first = netlink.numbers(len(some))
-            data = b"".join(
-                message(DELETE, NLM_F_REQUEST | NLM_F_ACK, number, SOCKETS[family], identity)
-                for number, identity in enumerate(some, first)
-            )
-            for code in netlink.answers(data, first, first + len(some) - 1):
-                if code == 0:
-                    count += 1
-                elif code != errno.ENOENT:  # gone meanwhile
-                    raise Refused(code, f"a flow could not be deleted (errno {code})")
+        for code in netlink.answers(data, first, first + len(identities) - 1):
+            if code == 0:
+                count += 1
+            elif code != errno.ENOENT:  # gone meanwhile
+                raise Refused(code, f"a flow could not be deleted (errno {code})")
         return count
+
+    def _inThread(self, work: Callable[..., _T], *arguments: Any) -> Deferred[_T]:
+        return deferToThreadPool(self._reactor, self._reactor.getThreadPool(), work, *arguments)
 
     # --- the conntrack program ---
 

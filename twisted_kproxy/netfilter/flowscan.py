@@ -18,7 +18,7 @@ from typing import TypeAlias
 from msgspec import Struct
 
 from ..core.values import Family
-from .netlink import HEADER, NESTED, attribute, attributes
+from .netlink import ATTRIBUTE, HEADER, NESTED, attribute, attributes
 
 CTNETLINK = 1
 NEW, GET, DELETE = (CTNETLINK << 8 | kind for kind in (0, 1, 2))
@@ -43,13 +43,11 @@ class Flow(Struct, frozen=True):
 
     :ivar destination: what the client dialled.
     :ivar source: where its answers come from.
-    :ivar identity: the attributes that name it, to be given back to the kernel.
     """
 
     protocol: int
     destination: Place
     source: Place
-    identity: bytes
 
 
 def question(family: Family, where: tuple[str, int] | None = None) -> bytes:
@@ -76,16 +74,14 @@ def question(family: Family, where: tuple[str, int] | None = None) -> bytes:
 
 
 def decode(answer: bytes) -> Flow | None:
-    """The flow in one answer to a dump, read with care; ``None`` where it is none that could be deleted."""
+    """The flow in one answer to a dump, read with care; ``None`` where it is none with ports."""
     parts = dict(attributes(answer))
     if _ORIG not in parts or _REPLY not in parts:
         return None
     orig, reply = _side(parts[_ORIG]), _side(parts[_REPLY])
     if orig is None or reply is None:
         return None
-    identity = attribute(_ORIG | NESTED, parts[_ORIG])
-    identity += b"".join(attribute(kind, parts[kind]) for kind in (_ID, _ZONE) if kind in parts)
-    return Flow(orig[0], orig[2], reply[1], identity)
+    return Flow(orig[0], orig[2], reply[1])
 
 
 def _side(data: bytes) -> tuple[int, Place, Place] | None:
@@ -174,7 +170,23 @@ def spot(address: bytes, port: int) -> Spot:
     return address, port.to_bytes(2, "big")
 
 
-def at(data: bytes, start: int) -> Flow | None:
-    """The flow in the message that begins there."""
+def identity(data: bytes, start: int) -> bytes:
+    """
+    What names the flow in the message that begins there to the kernel: what the client sent, the kernel's number of the
+    flow (so that one that has come in its place meanwhile is left alone), and its zone.
+    """
     (length,) = _LENGTH.unpack_from(data, start)
-    return decode(data[start + 20 : start + length])
+    end = start + length
+    start += 20
+    found = b""
+    while start + 4 <= end:
+        size, kind = ATTRIBUTE.unpack_from(data, start)
+        if size < 4 or start + size > end:
+            break
+        after = start + ((size + 3) & ~3)
+        if kind & 0x3FFF in (_ORIG, _ID, _ZONE):
+            found += data[start:after]
+            if kind & 0x3FFF == _ID:  # the zone stands before it
+                break
+        start = after
+    return found

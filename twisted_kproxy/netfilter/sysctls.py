@@ -6,11 +6,12 @@ The kernel's settings of connection tracking, and of local ports (``Documentatio
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
-from typing import Literal
+from collections.abc import Iterable, Iterator, Mapping
 
 from msgspec import Struct
 from twisted.logger import Logger
+
+from ..core.values import ServiceMap
 
 #: Of what is derived from the number of CPUs: machines with very many must not spend their memory on it.
 LIMIT = 1 << 20
@@ -25,7 +26,7 @@ _log = Logger()
 
 class Wishes(Struct, frozen=True):
     """
-    What the configuration says. Seconds; 0 leaves a setting as it is.
+    What the configuration says, in the order of its keys. Seconds; 0 leaves a setting as it is.
 
     :ivar mode: ``auto`` writes in the host's own network namespace only.
     """
@@ -124,33 +125,52 @@ def read(root: str = "/") -> dict[str, Setting]:
     return found
 
 
-def apply(wishes: Wishes, root: str = "/", cpus: int | None = None) -> Literal["done", "absent"]:
+class KernelSettings:
     """
-    Write what is wanted. A setting that cannot be written is one warning, and nothing else stops.
+    Writes what is wanted, once. A setting that cannot be written is one warning, and nothing else stops.
 
-    :return: ``absent`` where the kernel does not track connections yet: the first rules make it do so.
+    :param root: where ``proc`` is.
+    :param cpus: how many there are; ``None`` to find out.
+    :ivar done: whether it has been done.
     """
-    if wishes.mode == "off":
-        return "done"
-    found = read(root)
-    if not found:
-        return "absent"
-    for it in decide(wishes, cpus or os.cpu_count() or 1, found):
-        before = found[it.name].value
+
+    log = Logger()
+
+    def __init__(self, wishes: Wishes, root: str = "/", cpus: int | None = None) -> None:
+        self._wishes = wishes
+        self._root = root
+        self._cpus = cpus or os.cpu_count() or 1
+        self.done = wishes.mode == "off"
+
+    def apply(self) -> None:
+        """Write, unless that was done; where the kernel does not track connections yet the next call does it."""
+        found = {} if self.done else read(self._root)
+        self.done = self.done or bool(found)
+        for it in decide(self._wishes, self._cpus, found):
+            self._write(it, found[it.name].value)
+
+    def _write(self, it: Write, before: int | None) -> None:
         try:
-            with open(os.path.join(root, _FOLDER, it.name), "w", encoding="ascii") as file:
+            with open(os.path.join(self._root, _FOLDER, it.name), "w", encoding="ascii") as file:
                 file.write(str(it.value))
         except OSError as error:
-            _log.warn(
+            self.log.warn(
                 "net.netfilter.{name} is {before} and could not be set to {value}: {reason}. Set it with sysctl, allow "
                 "kproxy to (its systemd unit does), or say sysctls = off in section [conntrack]",
                 name=it.name, before=before, value=it.value, reason=error.strerror,
             )
         else:
-            _log.info(
+            self.log.info(
                 "net.netfilter.{name} was {before} and is {value} now", name=it.name, before=before, value=it.value
             )
-    return "done"
+
+
+def nodePortsOf(services: ServiceMap) -> Iterator[int]:
+    """Every node port and health-check port."""
+    for port in services.values():
+        yield from (it.port for it in port.frontends if it.kind == "NodePort")
+        if port.healthCheckPort:
+            yield port.healthCheckPort
 
 
 def unreserved(portRange: str, reserved: str, ports: Iterable[int]) -> list[int]:
