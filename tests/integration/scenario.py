@@ -24,9 +24,7 @@ from typing import Any, ClassVar, NamedTuple
 from unittest import SkipTest
 
 from tests.fakes.network import Rig, waitFor
-from tests.integration.world import OTHER_PORT, PORT, Json, World, service, slices
-
-__all__ = ["BOTH", "DOWN", "OTHER_PORT", "PORT", "VISIBLE", "Answer", "Load", "Scenario", "Talker", "port"]
+from tests.integration.world import PORT, Json, World, service, slices
 
 #: seconds that a change may take to be in force; upstream's ``KubeProxyEndpointLagTimeout`` is 30
 VISIBLE = 2.0

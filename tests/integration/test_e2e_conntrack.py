@@ -9,7 +9,9 @@ from typing import Any
 
 from twisted.trial.unittest import TestCase
 
-from .scenario import OTHER_PORT, UNREADY, Json, Scenario, Target, behind, port
+from tests.integration.world import OTHER_PORT
+
+from .scenario import UNREADY, Json, Scenario, Target, behind, port
 
 DNS = [port(80, name="udp", protocol="UDP")]
 SLICE = [behind(name="udp", protocol="UDP")]

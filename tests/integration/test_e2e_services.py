@@ -12,12 +12,11 @@ from typing import Any
 from twisted.trial.unittest import TestCase
 
 from tests.fakes.network import waitFor
+from tests.integration.world import OTHER_PORT, PORT
 
 from .scenario import (
     BOTH,
     DEAD,
-    OTHER_PORT,
-    PORT,
     REFUSED,
     TERMINATING,
     UNREADY,
