@@ -57,6 +57,11 @@ class ConcernsTests(SynchronousTestCase):
         self.assertFalse(concerns(service(), "mine"))
         self.assertFalse(concerns(service(labels={wire.PROXY_NAME_LABEL: ""})))
 
+    def test_headlessLabel(self) -> None:
+        """A Service that is labelled as headless is not served, whatever address it has."""
+        self.assertFalse(concerns(service(labels={wire.HEADLESS_LABEL: ""})))
+        self.assertFalse(concerns(service(labels={wire.HEADLESS_LABEL: "", wire.PROXY_NAME_LABEL: "mine"}), "mine"))
+
     def test_noSpec(self) -> None:
         """A Service without spec is nothing."""
         self.assertFalse(concerns(wire.Service(wire.ObjectMeta("a", "b"))))

@@ -60,12 +60,15 @@ def unconcerning(service: wire.Service, proxyName: str = "") -> str | None:
     """
     Why a Service is nothing for the proxy of that name, ``None`` where it is.
 
-    ExternalName is a matter for DNS; a headless Service has no address to capture.
+    ExternalName is a matter for DNS; a headless Service has no address to capture, and one that is labelled as headless
+    is to be treated as such (kubernetes ``cmd/kube-proxy/app/server.go``).
     """
     label = service.metadata.label(wire.PROXY_NAME_LABEL)
     if (label or "") != proxyName or (proxyName == "" and label is not None):
         says = f"says {label!r}" if label is not None else "is not set"
         return f"its label {wire.PROXY_NAME_LABEL} {says}, proxy-name of this one {proxyName!r}"
+    if wire.HEADLESS_LABEL in (service.metadata.labels or {}):
+        return f"it is headless: its label {wire.HEADLESS_LABEL} says so"
     spec = service.spec
     if spec is None:
         return "it has no spec"
