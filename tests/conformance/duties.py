@@ -96,7 +96,7 @@ table.shown(
     "kubernetes cmd/kube-proxy/app/server.go",
     "unit.test_reflector.test_words",
     "unit.test_watchlist.test_oneWordThenChanges",
-    "integration.test_endtoend.test_apiOutage",
+    "integration.test_e2e_upheavals.test_apiRestarts",
     why="JSON rather than protobuf.",
 )
 table.shown(

@@ -247,7 +247,7 @@ table.shown(
     "sessionAffinity ClientIP: one client, one endpoint",
     "kubernetes pkg/proxy/userspace/roundrobin.go",
     "unit.test_balancer.test_sticky",
-    "integration.test_endtoend.test_affinity",
+    "integration.test_e2e_services.test_affinity",
 )
 table.shown(
     "affinity-time",
