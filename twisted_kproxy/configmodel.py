@@ -33,6 +33,7 @@ from .interfaces import KproxyError
 _NOT_BUILT = dict.fromkeys(("nftables", "iptables"), "is not built yet; use userspace")
 WRITERS = ("auto", "nftables", "python-iptables", "iptables", "iptables-legacy", "iptables-nft", "none")
 POLICIES = ("round-robin", "random", "least-connections")
+ENGINES = ("auto", "python")
 SOURCE_TYPES = ("api", "files")
 
 
@@ -119,6 +120,7 @@ class Config(Struct, frozen=True):
     udpIdleTimeout: float = 30.0
     portRange: tuple[int, int] | None = None
     drainTimeout: float = 300.0
+    engine: str = "auto"
     policy: str = "round-robin"
     healthBind: HostPort | None = HostPort("0.0.0.0", 10256)
     metricsBind: HostPort | None = HostPort("127.0.0.1", 10249)
@@ -188,6 +190,7 @@ def schema(writers: Iterable[str] = (), policies: Iterable[str] = ()) -> dict[st
             Key("udp-idle-timeout", "udpIdleTimeout", POSITIVE_DURATION),
             Key("port-range", "portRange", PORT_RANGE),
             Key("drain-timeout", "drainTimeout", DURATION),
+            Key("engine", "engine", oneOf(ENGINES)),
         ),
         "balance": (Key("policy", "policy", oneOf(policies)),),
         "health": (Key("bind", "healthBind", BIND),),

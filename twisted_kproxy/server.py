@@ -56,8 +56,9 @@ from .syncer import Syncer
 from .systemd import Notifier
 from .userspace.dataplane import UserspaceDataplane
 from .userspace.dial import Dialer
+from .userspace.engines.choose import chooseEngine
+from .userspace.engines.poller import Poller
 from .userspace.ports import Budget, PortRange, raiseLimit
-from .userspace.relay import SocketRelay
 from .userspace.tcp import TcpProxier
 from .userspace.udp import UdpProxier
 from .web.site import Listener, makeSite
@@ -207,7 +208,8 @@ class ProxyServer(MultiService):
         raiseLimit()
         budget = Budget(reactor)
         forFlows = budget.share(UDP_SHARE)
-        dialer, relay = Dialer(reactor), SocketRelay(reactor)
+        poller = Poller(reactor)
+        dialer, relay = Dialer(reactor, poller), chooseEngine(reactor, poller, config.engine)
 
         def makeTcp(reactor: Any, pool: PoolName, balancer: ILoadBalancer, observer: ITrafficObserver) -> IProxier:
             return TcpProxier(

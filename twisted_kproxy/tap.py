@@ -24,6 +24,7 @@ from twisted.python.logfile import LogFile
 from . import __version__, logs, plugin
 from .config import ApiOptions, Config, InvalidConfig, checkFiles, load, render
 from .interfaces import IPolicyMaker, ISourceMaker, IWriterMaker, KproxyError
+from .reactor import installIfFree
 
 DEFAULT_CONFIG = "/etc/kproxy/kproxy.ini"
 CAP_NET_ADMIN = 12
@@ -54,6 +55,8 @@ class Options(usage.Options):
         raise SystemExit(0)
 
     def postOptions(self) -> None:
+        # Before anything imports a reactor: twistd --reactor has had its say by now.
+        installIfFree()
         if self["check"] and self["cleanup"]:
             raise usage.UsageError("--check and --cleanup exclude each other")
         if self["cleanup"]:

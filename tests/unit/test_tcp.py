@@ -9,9 +9,7 @@ from typing import Any
 
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred
-from twisted.internet.error import ConnectionLost
 from twisted.internet.task import Clock, deferLater
-from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 from zope.interface.verify import verifyObject
 
@@ -26,8 +24,9 @@ from tests.shared.relays import PATIENCE, descriptors, ending, readAll, reset, t
 from twisted_kproxy.core.values import Endpoint, Outcome, PoolName, ServicePortName
 from twisted_kproxy.interfaces import IProxierFactory
 from twisted_kproxy.userspace.dial import Deadlines, Dial, Dialer, established
+from twisted_kproxy.userspace.engines.pairs import PairRelay
+from twisted_kproxy.userspace.engines.poller import LAST, OUTPUT, Poller
 from twisted_kproxy.userspace.ports import Budget
-from twisted_kproxy.userspace.relay import SocketRelay
 from twisted_kproxy.userspace.sockets import openListener
 from twisted_kproxy.userspace.tcp import ListeningPort, TcpProxier
 
@@ -64,13 +63,14 @@ class TcpTestCase(ProxierParts, TestCase):
 
     def makeProxier(self, pool: PoolName, balancer: Any, observer: Any) -> TcpProxier:
         self.budget = Budget(reactor, self.limit)
-        self.dialer = Dialer(reactor)
+        poller = Poller(reactor)
+        self.dialer = Dialer(reactor, poller)
         return TcpProxier(
             reactor,
             pool,
             balancer,
             observer,
-            relay=SocketRelay(reactor),
+            relay=PairRelay(reactor, poller),
             dialer=self.dialer,
             budget=self.budget,
             connectTimeouts=self.connectTimeouts,
@@ -245,7 +245,7 @@ class DialingTests(TcpTestCase):
                     raise OSError(errno.EADDRNOTAVAIL, os.strerror(errno.EADDRNOTAVAIL))
                 return super().dial(*args)
 
-        real.dialer = Spent(reactor)
+        real.dialer = Spent(reactor, real.poller)
         self.assertEqual(await self.ask(self.client(real)), b"hello")
         self.assertEqual([reason for _, reason in self.observer.misses], ["limit"])
         self.assertFalse(self.budget.paused)
@@ -273,7 +273,7 @@ class AcceptingTests(TcpTestCase):
         """Both sides of a connection have no Nagle delay, and keepalive after 60 s, 4 times 15 s apart."""
         seen: list[list[int]] = []
 
-        class Looking(SocketRelay):
+        class Looking(PairRelay):
             def relay(self, client: socket.socket, backend: socket.socket, early: bytes) -> Deferred[Outcome]:
                 for sock in (client, backend):
                     seen.append(
@@ -451,8 +451,8 @@ class AcceptErrorTests(SynchronousTestCase):
             POOL,
             ScriptedBalancer(),
             self.observer,
-            relay=SocketRelay(self.reactor),
-            dialer=Dialer(self.reactor),
+            relay=PairRelay(self.reactor),
+            dialer=Dialer(self.reactor, Poller(self.reactor)),
             budget=self.budget,
         )
         self.proxier.listen()
@@ -534,7 +534,7 @@ class DialTests(SynchronousTestCase):
 
     def setUp(self) -> None:
         self.reactor = _Reactor()
-        self.dialer = Dialer(self.reactor)
+        self.dialer = Dialer(self.reactor, Poller(self.reactor))
         self.connected: list[socket.socket] = []
         self.failed: list[int] = []
         hole = BlackHole()
@@ -581,7 +581,7 @@ class DialTests(SynchronousTestCase):
         dial = self.dialer.dial(self.hole, 1.0, self)
         dial.cancel()
         dial.cancel()
-        dial.doWrite()
+        dial.event(OUTPUT)
         self.assertEqual((self.reactor.writers, self.reactor.getDelayedCalls()), (set(), []))
         self.assertEqual((self.connected, self.failed, descriptors()), ([], [], before))
 
@@ -589,11 +589,10 @@ class DialTests(SynchronousTestCase):
         """An event that was meant for an earlier socket of the same number decides nothing."""
         dial = self.dialer.dial(self.hole, 1.0, self)
         self.addCleanup(dial.cancel)
-        dial.doWrite()
-        self.reactor.removeWriter(dial)
-        dial.connectionLost(Failure(ConnectionLost()))
+        dial.event(OUTPUT)
+        dial.event(OUTPUT | LAST)
         self.assertEqual((self.connected, self.failed), ([], []))
-        self.assertIn(dial, self.reactor.writers)
+        self.assertEqual(len(self.reactor.readers), 1)
 
     def test_connectsToItself(self) -> None:
         """A socket that TCP's simultaneous open has connected to itself counts as refused."""

@@ -1,4 +1,4 @@
-"""Connecting to endpoints: raw non-blocking sockets in the reactor, any number in parallel, one timer for all."""
+"""Connecting to endpoints: raw non-blocking sockets, any number in parallel, one timer for all."""
 
 from __future__ import annotations
 
@@ -6,11 +6,8 @@ import errno
 import socket
 from typing import Any, Protocol
 
-from twisted.internet.interfaces import IWriteDescriptor
-from twisted.python.failure import Failure
-from zope.interface import implementer
-
 from ..core.values import Endpoint
+from .engines.poller import Poller
 from .sockets import EXHAUSTED, familyOf, markOwn, pendingError, resetClose, tune
 
 _REASONS = {
@@ -93,10 +90,10 @@ class Deadlines:
             dial.expired()
 
 
-@implementer(IWriteDescriptor)
 class Dial:
     """
-    One attempt to connect, registered with the reactor until it is decided.
+    One attempt to connect, watched until it is decided. A socket that is handed over is still watched: its new owner
+    takes its events from then on, or releases it.
 
     :ivar socket: connected, for the caller to take over, when :meth:`Dialer.dial` could finish at once.
     """
@@ -113,60 +110,54 @@ class Dial:
     def cancel(self) -> None:
         """Give up; the owner hears nothing. Harmless when it is over."""
         if self._finish() is not None:
-            self.socket.close()
+            self._close()
 
     def expired(self) -> None:
         """Its time is over."""
         owner = self._finish()
         if owner is not None:
-            self.socket.close()
+            self._close()
             owner.dialFailed(errno.ETIMEDOUT)
 
-    def doWrite(self) -> None:
-        """The socket is writable: it is connected, or has failed."""
+    def event(self, events: int) -> None:
+        """The socket is connected, or has failed; what it was only the socket knows."""
         if self._owner is None:
             return
         number = established(self.socket)
         if number == errno.EINPROGRESS:
             # An event meant for an earlier socket of the same number.
-            self._dialer.reactor.addWriter(self)
             return
         owner = self._finish()
         if owner is None:
             return
         if number:
-            _discard(self.socket, number)
+            self._close(number)
             owner.dialFailed(number)
         else:
             owner.dialConnected(self.socket)
 
-    def connectionLost(self, reason: Failure) -> None:
-        """poll and epoll report a failed connect as a hang-up; the socket knows what it was."""
-        self.doWrite()
-
-    def fileno(self) -> int:
-        return self.socket.fileno()
-
-    def logPrefix(self) -> str:
-        return "dial"
-
     def _finish(self) -> Dialing | None:
         owner, self._owner = self._owner, None
         if owner is not None:
-            self._dialer.reactor.removeWriter(self)
             self._dialer.deadlines.remove(self, self.timeout)
         return owner
+
+    def _close(self, number: int | None = None) -> None:
+        self._dialer.poller.closing(self.socket.fileno())
+        _discard(self.socket, number)
 
 
 class Dialer:
     """
     Opens connections to endpoints.
 
-    :param reactor: provides IReactorFDSet and IReactorTime.
+    :param reactor: provides IReactorTime.
+    :param poller: watches the sockets.
     """
 
-    def __init__(self, reactor: Any) -> None:
+    def __init__(self, reactor: Any, poller: Poller) -> None:
         self.reactor = reactor
+        self.poller = poller
         self.deadlines = Deadlines(reactor)
 
     def dial(self, endpoint: Endpoint, timeout: float, owner: Dialing) -> Dial:
@@ -192,7 +183,7 @@ class Dialer:
                 raise OSError(number, errno.errorcode.get(number, str(number)))
             dial = Dial(self, sock, owner, timeout)
             if number:
-                self.reactor.addWriter(dial)
+                self.poller.watch(sock.fileno(), dial.event)
                 self.deadlines.add(dial, timeout)
             else:
                 dial.connected = True

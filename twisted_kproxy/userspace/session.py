@@ -6,14 +6,12 @@ import socket
 from typing import TYPE_CHECKING, Any
 
 from twisted.internet.defer import Deferred
-from twisted.internet.error import ConnectionDone, ConnectionLost
-from twisted.internet.interfaces import IReadDescriptor
 from twisted.python.failure import Failure
-from zope.interface import implementer
 
 from ..core.values import Endpoint, Outcome
 from ..interfaces import NoEndpoint
 from .dial import Dial, reasonOf
+from .engines.poller import INPUT
 from .sockets import EXHAUSTED, resetClose
 
 if TYPE_CHECKING:
@@ -32,7 +30,6 @@ class AcceptedSocket:
         self.socket = sock
 
 
-@implementer(IReadDescriptor)
 class Session:
     """
     One accepted connection: dialing, then relaying, then closed.
@@ -41,8 +38,8 @@ class Session:
     """
 
     __slots__ = (
-        "_attempt", "_client", "_dial", "_early", "_endpoint", "_failed", "_proxier", "_reading", "_reason",
-        "_relayed", "_socket", "_started",
+        "_attempt", "_client", "_dial", "_early", "_endpoint", "_failed", "_proxier", "_reason", "_relayed",
+        "_socket", "_started",
     )  # fmt: skip
 
     _socket: socket.socket
@@ -57,7 +54,6 @@ class Session:
         self._dial: Dial | None = None
         self._relayed: Deferred[Outcome] | None = None
         self._early = b""
-        self._reading = False
         self._started = 0.0
 
     def makeConnection(self, transport: AcceptedSocket) -> None:
@@ -83,6 +79,7 @@ class Session:
         except Exception:
             self._proxier.log.failure("A connection of {pool} to {endpoint} is cut.", pool=str(self._proxier.pool),
                                       endpoint=str(self._endpoint))  # fmt: skip
+            self._proxier.poller.closing(sock.fileno())
             resetClose(sock)
             self._refuse()
 
@@ -109,7 +106,7 @@ class Session:
                     self.dialConnected(dial.socket)
                 else:
                     self._dial = dial
-                    self._startReading()
+                    proxier.poller.watch(self._socket.fileno(), self.event)
                 return
         except NoEndpoint:
             self._refuse("no-endpoint")
@@ -134,7 +131,6 @@ class Session:
 
     def _relay(self, backend: socket.socket) -> None:
         proxier = self._proxier
-        self._stopReading()
         endpoint = self._endpoint
         early, self._early = self._early, b""
         proxier.opened += 1
@@ -159,54 +155,24 @@ class Session:
 
     # --- the client meanwhile
 
-    def doRead(self) -> None:
-        try:
-            data = self._socket.recv(_EARLY - len(self._early))
-        except BlockingIOError:
+    def event(self, events: int) -> None:
+        """The client, whose endpoint is being dialed, has said something, or is gone."""
+        if self._dial is None or not events & INPUT:
             return
-        except OSError:
-            self._clientGone()
-            return
-        if data:
+        while len(self._early) < _EARLY:
+            try:
+                data = self._socket.recv(_EARLY - len(self._early))
+            except BlockingIOError:
+                return
+            except OSError:
+                self._refuse("client-gone")
+                return
+            if not data:
+                # It may have asked, and wait for the answer: then the relay will find the end again and pass it on.
+                if not self._early:
+                    self._refuse("client-gone")
+                return
             self._early += data
-            if len(self._early) >= _EARLY:
-                self._stopReading()
-        elif self._early:
-            # It has asked and waits for the answer. The relay will find the end again and pass it on.
-            self._stopReading()
-        else:
-            self._clientGone()
-
-    def connectionLost(self, reason: Failure) -> None:
-        """The reactor has unregistered us: it saw a hang-up with nothing to read, or something raised."""
-        self._stopReading()
-        if self._dial is None:
-            return
-        if not isinstance(reason.value, (ConnectionDone, ConnectionLost)):
-            self._refuse()
-            return
-        # The socket knows better: it may have been meant for an earlier one of the same number.
-        self._startReading()
-        self.doRead()
-
-    def fileno(self) -> int:
-        return self._socket.fileno()
-
-    def logPrefix(self) -> str:
-        return "session"
-
-    def _startReading(self) -> None:
-        if not self._reading and len(self._early) < _EARLY:
-            self._reading = True
-            self._proxier.reactor.addReader(self)
-
-    def _stopReading(self) -> None:
-        if self._reading:
-            self._reading = False
-            self._proxier.reactor.removeReader(self)
-
-    def _clientGone(self) -> None:
-        self._refuse("client-gone")
 
     def _refuse(self, reason: str = "") -> None:
         """
@@ -217,7 +183,7 @@ class Session:
         if self._dial is not None:
             self._dial.cancel()
             self._dial = None
-        self._stopReading()
+        self._proxier.poller.closing(self._socket.fileno())
         resetClose(self._socket)
         self._proxier.sessionEnded(self)
         if reason:

@@ -160,6 +160,7 @@ class TcpProxier(ServerFactory):
         self.observer = observer
         self.relay = relay
         self.dialer = dialer
+        self.poller = dialer.poller
         self.budget = budget
         self.connectTimeouts = tuple(connectTimeouts)
         self.opened = 0
