@@ -64,6 +64,14 @@ def tcpPair(buffers: int = 0) -> tuple[socket.socket, socket.socket]:
     return outer, inner
 
 
+def relayed(relay: Any, client: socket.socket, backend: socket.socket, early: bytes = b"") -> Deferred[Outcome]:
+    """Fires with the outcome; cancelling it cuts the connection."""
+    cut: list[Callable[[], None]] = []
+    done: Deferred[Outcome] = Deferred(lambda _: cut[0]())
+    cut.append(relay.relay(client, backend, early, done.callback))
+    return done
+
+
 def reset(sock: socket.socket) -> None:
     """Close with a reset."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -133,7 +141,7 @@ class RelaySuite:
         backend, backendSide = tcpPair(buffers)
         for end in (client, backend):
             self.addCleanup(end.close)  # type: ignore[attr-defined]
-        return client, backend, relay.relay(clientSide, backendSide, early)
+        return client, backend, relayed(relay, clientSide, backendSide, early)
 
     def run_(self, *args: Any) -> Deferred[Any]:
         return inThread(self.reactor, *args)
@@ -374,7 +382,7 @@ class RelaySuite:
         backend, backendSide = tcpPair()
         reset(client)
         reset(backend)
-        self.equal((await relay.relay(clientSide, backendSide, b"early")).reason.endswith("-reset"), True)
+        self.equal((await relayed(relay, clientSide, backendSide, b"early")).reason.endswith("-reset"), True)
 
     async def test_randomSegments(self) -> None:
         """

@@ -14,7 +14,7 @@ from twisted.internet.test.reactormixins import ReactorBuilder
 from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
-from tests.shared.relays import BulkSuite, RelaySuite, descriptors, ending, readExactly, reset, tcpPair
+from tests.shared.relays import BulkSuite, RelaySuite, descriptors, ending, readExactly, relayed, reset, tcpPair
 from twisted_kproxy.core.values import Outcome
 from twisted_kproxy.reactor import DirectReactor
 from twisted_kproxy.userspace.engines.pairs import BLOCK, PairRelay
@@ -160,7 +160,7 @@ class StateTests(SynchronousTestCase):
         self.backend, self.backendSide = tcpPair()
         for end in (self.client, self.backend, self.clientSide, self.backendSide):
             self.addCleanup(end.close)
-        self.done = self.relay.relay(self.clientSide, self.backendSide, b"")
+        self.done = relayed(self.relay, self.clientSide, self.backendSide)
         self.handlers = {
             it: self.poller._handlers[it.fileno()].__self__  # type: ignore[attr-defined]
             for it in (self.clientSide, self.backendSide)
@@ -212,6 +212,15 @@ class StateTests(SynchronousTestCase):
         self.assertEqual(ending(self.backend), "reset")
         self.assertEqual(self.reactor.getDelayedCalls(), [])
         self.assertEqual(self.relay.pipes.made, self.relay.pipes.idle)
+
+    def test_keepalive(self) -> None:
+        """A connection that lasts gets keepalive towards its backend: after 60 s, 4 times 15 s apart."""
+        self.assertEqual(self.backendSide.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE), 0)
+        self.reactor.pump([15.0])
+        options = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
+        found = [self.backendSide.getsockopt(socket.IPPROTO_TCP, it) for it in options]
+        self.assertEqual(found, [60, 15, 4])
+        self.assertEqual(self.backendSide.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE), 1)
 
     def test_stalledSurvivesSweep(self) -> None:
         """A stalled connection whose both ends live stays."""
@@ -321,7 +330,7 @@ class StateTests(SynchronousTestCase):
         backend.sendall(b"answer")
         backend.shutdown(socket.SHUT_WR)
         self.reactor.turn()
-        done = self.relay.relay(clientSide, backendSide, b"a ")
+        done = relayed(self.relay, clientSide, backendSide, b"a ")
         self.assertEqual(self.successResultOf(done), Outcome("done", 10, 6))
         self.assertEqual((backend.recv(100), client.recv(100)), (b"a question", b"answer"))
 

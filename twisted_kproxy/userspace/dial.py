@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from ..core.values import Endpoint
 from .engines.poller import Poller
-from .sockets import EXHAUSTED, familyOf, markOwn, pendingError, resetClose, tune
+from .sockets import EXHAUSTED, familyOf, markOwn, openSocket, pendingError, resetClose
 
 _REASONS = {
     errno.ECONNREFUSED: "refused",
@@ -26,6 +26,13 @@ _REASONS = {
     errno.EADDRNOTAVAIL: "limit",
     **dict.fromkeys(EXHAUSTED, "limit"),
 }
+
+
+#: Ports that the kernel may give to a socket that dials: by default from 32768 on, and seldom below this.
+_EPHEMERAL = 10000
+_STREAM = int(socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+#: Endpoints whose addresses are kept ready.
+_WAYS = 10000
 
 
 def reasonOf(number: int | None) -> str:
@@ -147,6 +154,23 @@ class Dial:
         _discard(self.socket, number)
 
 
+class _Way:
+    """
+    What connecting to an endpoint needs.
+
+    :raise OSError: where the address is none: Python would ask the resolver, and wait for it.
+    """
+
+    __slots__ = ("address", "family", "mayBeItself")
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        family = familyOf(endpoint.address)
+        socket.inet_pton(family, endpoint.address)
+        self.family = int(family)
+        self.address = (endpoint.address, endpoint.port)
+        self.mayBeItself = endpoint.port >= _EPHEMERAL
+
+
 class Dialer:
     """
     Opens connections to endpoints.
@@ -158,6 +182,7 @@ class Dialer:
     def __init__(self, reactor: Any, poller: Poller) -> None:
         self.reactor = reactor
         self.poller = poller
+        self._ways: dict[Endpoint, _Way] = {}
         self.deadlines = Deadlines(reactor)
 
     def dial(self, endpoint: Endpoint, timeout: float, owner: Dialing) -> Dial:
@@ -168,17 +193,19 @@ class Dialer:
         :return: with ``connected`` set where that was done at once (the owner is not called then).
         :raise OSError: where it failed at once.
         """
-        family = familyOf(endpoint.address)
-        # Python would ask the resolver, and wait for it, for whatever is no address.
-        socket.inet_pton(family, endpoint.address)
-        sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        way = self._ways.get(endpoint)
+        if way is None:
+            if len(self._ways) >= _WAYS:
+                self._ways.clear()
+            way = self._ways[endpoint] = _Way(endpoint)
+        sock = openSocket(way.family, _STREAM)
         try:
-            tune(sock)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             markOwn(sock)
-            number = sock.connect_ex((endpoint.address, endpoint.port))
-            if number in (0, errno.EINPROGRESS):
+            number = sock.connect_ex(way.address)
+            if number == errno.EINPROGRESS or not number:
                 # On this node the handshake is over by the time that connect() returns.
-                number = established(sock)
+                number = established(sock, way.mayBeItself)
             if number not in (0, errno.EINPROGRESS):
                 raise OSError(number, errno.errorcode.get(number, str(number)))
             dial = Dial(self, sock, owner, timeout)
@@ -193,9 +220,11 @@ class Dialer:
         return dial
 
 
-def established(sock: socket.socket) -> int:
+def established(sock: socket.socket, mayBeItself: bool = True) -> int:
     """
     How a connect stands: 0 when it is done, EINPROGRESS while it is not, else why it failed.
+
+    :param mayBeItself: a port of the ephemeral range is dialed.
 
     A port of the ephemeral range where nobody listens may be given to the very socket that dials it: TCP's
     simultaneous open (RFC 9293, 3.5) then connects it to itself. That is a refusal.
@@ -206,7 +235,7 @@ def established(sock: socket.socket) -> int:
         if error.errno != errno.ENOTCONN:
             return error.errno or errno.EBADF
         return pendingError(sock) or errno.EINPROGRESS
-    return errno.ECONNREFUSED if peer == sock.getsockname() else 0
+    return errno.ECONNREFUSED if mayBeItself and peer == sock.getsockname() else 0
 
 
 def _discard(sock: socket.socket, number: int | None) -> None:

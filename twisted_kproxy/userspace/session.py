@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
-
-from twisted.internet.defer import Deferred
-from twisted.python.failure import Failure
 
 from ..core.values import Endpoint, Outcome
 from ..interfaces import NoEndpoint
@@ -38,7 +36,7 @@ class Session:
     """
 
     __slots__ = (
-        "_attempt", "_client", "_dial", "_early", "_endpoint", "_failed", "_proxier", "_reason", "_relayed",
+        "_attempt", "_client", "_cut", "_dial", "_early", "_endpoint", "_failed", "_proxier", "_reason",
         "_socket", "_started",
     )  # fmt: skip
 
@@ -52,7 +50,7 @@ class Session:
         self._failed: tuple[Endpoint, ...] = ()
         self._reason = "error"
         self._dial: Dial | None = None
-        self._relayed: Deferred[Outcome] | None = None
+        self._cut: Callable[[], None] | None = None
         self._early = b""
         self._started = 0.0
 
@@ -65,8 +63,8 @@ class Session:
 
     def abort(self) -> None:
         """Reset both sides."""
-        if self._relayed is not None:
-            self._relayed.cancel()
+        if self._cut is not None:
+            self._cut()
         else:
             self._refuse()
 
@@ -136,10 +134,7 @@ class Session:
         proxier.opened += 1
         proxier.balancer.opened(proxier.pool, endpoint)
         proxier.observer.opened(proxier.pool, endpoint, proxier.reactor.seconds() - self._started)
-        relayed = proxier.relay.relay(self._socket, backend, early)
-        self._relayed = relayed
-        relayed.addCallback(self._relayEnded)
-        relayed.addErrback(self._unexpected)
+        self._cut = proxier.relay.relay(self._socket, backend, early, self._relayEnded)
 
     def _relayEnded(self, outcome: Outcome) -> None:
         proxier = self._proxier
@@ -147,11 +142,9 @@ class Session:
         try:
             proxier.balancer.closed(proxier.pool, self._endpoint)
             proxier.observer.closed(proxier.pool, self._endpoint, outcome)
-        finally:
-            proxier.tellDrained()
-
-    def _unexpected(self, failure: Failure) -> None:
-        self._proxier.log.failure("After a connection of {pool} had ended.", failure, pool=str(self._proxier.pool))
+        except Exception:
+            proxier.log.failure("After a connection of {pool} had ended.", pool=str(proxier.pool))
+        proxier.tellDrained()
 
     # --- the client meanwhile
 

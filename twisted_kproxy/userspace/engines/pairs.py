@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import errno
 import socket
+from collections.abc import Callable
 from typing import Any
 
-from twisted.internet.defer import Deferred
 from zope.interface import implementer
 
 from ...core.values import Outcome
 from ...interfaces import IRelay
-from ..sockets import isDead, pendingError, resetClose
+from ..sockets import isDead, keepAlive, pendingError, resetClose
 from .poller import ERROR, INPUT, LAST, OUTPUT, Poller
 from .splice import CHUNK, Pipe, Pipes, Splice, findSplice
 
@@ -209,7 +209,10 @@ class _Half:
             if self.pending:
                 return
             if peer.ended:
-                self._shutdown()
+                if peer.shut:
+                    self.pair.close("done")
+                else:
+                    self._shutdown()
                 return
         peer.pump()
 
@@ -222,7 +225,11 @@ class _Half:
             # It has said all that it had, and takes nothing: what is held for the other side may still go out.
             self.pair.broken(self, self.error)
             return
-        if not self.peer.pending:
+        if self.shut:
+            # The other side has ended before, and this was told so: that is all.
+            if not self.peer.pending:
+                self.pair.close("done")
+        elif not self.peer.pending:
             self.peer._shutdown()
 
     def _shutdown(self) -> None:
@@ -245,12 +252,16 @@ class _Pair:
         bytes were last seen to have moved since; negative before.
     :ivar moved: bytes that had moved then.
     :ivar failing: one side has failed, with bytes left that the other has not taken.
+    :ivar lasting: it is more than short: the backend has keepalive.
     """
 
-    __slots__ = ("backend", "client", "deferred", "failing", "lastMoved", "moved", "open", "relay")
+    __slots__ = ("backend", "client", "ended", "failing", "lastMoved", "lasting", "moved", "open", "relay")
 
-    def __init__(self, relay: PairRelay, client: socket.socket, backend: socket.socket) -> None:
+    def __init__(
+        self, relay: PairRelay, client: socket.socket, backend: socket.socket, ended: Callable[[Outcome], None]
+    ) -> None:
         self.relay = relay
+        self.ended = ended
         self.client = _Half(self, client, "client")
         self.backend = _Half(self, backend, "backend")
         self.client.peer = self.backend
@@ -258,8 +269,7 @@ class _Pair:
         self.lastMoved = -1.0
         self.moved = 0
         self.open = True
-        self.failing = False
-        self.deferred: Deferred[Outcome] = Deferred(self._cancelled)
+        self.failing = self.lasting = False
 
     def begin(self, early: bytes) -> None:
         client, backend, poller = self.client, self.backend, self.relay.poller
@@ -345,20 +355,20 @@ class _Pair:
         if not self.open:
             return
         self.open = False
-        client, backend, deferred = self.client, self.backend, self.deferred
-        close = socket.socket.close if reason == "done" else resetClose
+        client, backend, ended, relay = self.client, self.backend, self.ended, self.relay
         for half in (client, backend):
-            half._leavePipe()
+            if half.pipe is not None:
+                half._leavePipe()
             half.pending = b""
-            self.relay.poller.closing(half.socket.fileno())
-            close(half.socket)
+            relay.poller.closing(half.socket.fileno())
+            if reason == "done":
+                half.socket.close()
+            else:
+                resetClose(half.socket)
         # No circles: memory goes now, not when the collector comes.
-        del client.peer, backend.peer, self.client, self.backend, self.deferred
-        self.relay._ended(self)
-        deferred.callback(Outcome(reason, client.count, backend.count))
-
-    def _cancelled(self, deferred: Deferred[Outcome]) -> None:
-        self.abort()
+        del client.peer, backend.peer, self.client, self.backend, self.ended
+        relay._ended(self)
+        ended(Outcome(reason, client.count, backend.count))
 
 
 @implementer(IRelay)
@@ -395,14 +405,15 @@ class PairRelay:
         self._pairs: set[_Pair] = set()
         self._timer: Any = None
 
-    def relay(self, client: socket.socket, backend: socket.socket, early: bytes) -> Deferred[Outcome]:
-        pair = _Pair(self, client, backend)
+    def relay(
+        self, client: socket.socket, backend: socket.socket, early: bytes, ended: Callable[[Outcome], None]
+    ) -> Callable[[], None]:
+        pair = _Pair(self, client, backend, ended)
         self._pairs.add(pair)
         if self._timer is None:
             self._timer = self.reactor.callLater(_SWEEP, self._sweep)
-        deferred = pair.deferred
         pair.begin(early)
-        return deferred
+        return pair.abort
 
     def _ended(self, pair: _Pair) -> None:
         self._pairs.discard(pair)
@@ -415,5 +426,10 @@ class PairRelay:
         now = self.reactor.seconds()
         for pair in list(self._pairs):
             # A callback of one may have cut another.
-            if pair.open and pair.expired(now):
+            if not pair.open:
+                continue
+            if not pair.lasting:
+                pair.lasting = True
+                keepAlive(pair.backend.socket)
+            if pair.expired(now):
                 pair.expire()
