@@ -33,7 +33,7 @@ from .interfaces import KproxyError
 _NOT_BUILT = dict.fromkeys(("nftables", "iptables"), "is not built yet; use userspace")
 WRITERS = ("auto", "nftables", "python-iptables", "iptables", "iptables-legacy", "iptables-nft", "none")
 POLICIES = ("round-robin", "random", "least-connections")
-ENGINES = ("auto", "python")
+ENGINES = ("auto", "native", "python")
 SOURCE_TYPES = ("api", "files")
 
 
@@ -121,6 +121,7 @@ class Config(Struct, frozen=True):
     portRange: tuple[int, int] | None = None
     drainTimeout: float = 300.0
     engine: str = "auto"
+    nativeThread: bool = False
     policy: str = "round-robin"
     healthBind: HostPort | None = HostPort("0.0.0.0", 10256)
     metricsBind: HostPort | None = HostPort("127.0.0.1", 10249)
@@ -191,6 +192,7 @@ def schema(writers: Iterable[str] = (), policies: Iterable[str] = ()) -> dict[st
             Key("port-range", "portRange", PORT_RANGE),
             Key("drain-timeout", "drainTimeout", DURATION),
             Key("engine", "engine", oneOf(ENGINES)),
+            Key("native-thread", "nativeThread", SWITCH),
         ),
         "balance": (Key("policy", "policy", oneOf(policies)),),
         "health": (Key("bind", "healthBind", BIND),),

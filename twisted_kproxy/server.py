@@ -68,6 +68,8 @@ from .web.status import HealthState, healthPages, metricsPages, tree
 AUTOMATIC_WRITERS = ("nftables", "python-iptables", "iptables")
 #: an update that is out for longer means that the daemon is stuck: the watchdog is no longer fed
 STUCK_SECONDS = 120.0
+#: of the garbage collector: connections make many objects, and none that only it would find
+GC_THRESHOLDS = (50_000, 20, 50)
 #: of the file descriptors for connections, what UDP flows may take
 UDP_SHARE = 0.5
 
@@ -209,7 +211,7 @@ class ProxyServer(MultiService):
         budget = Budget(reactor)
         forFlows = budget.share(UDP_SHARE)
         poller = Poller(reactor)
-        dialer, relay = Dialer(reactor, poller), chooseEngine(reactor, poller, config.engine)
+        dialer, relay = Dialer(reactor, poller), chooseEngine(reactor, poller, config.engine, config.nativeThread)
 
         def makeTcp(reactor: Any, pool: PoolName, balancer: ILoadBalancer, observer: ITrafficObserver) -> IProxier:
             return TcpProxier(
@@ -337,6 +339,7 @@ class ProxyServer(MultiService):
         reactor waiting, for some hundred milliseconds with thousands of Services. Garbage of later on is found as ever.
         """
         gc.freeze()
+        gc.set_threshold(*GC_THRESHOLDS)
         makers = [plugin.find(IWriterMaker, name) for name in plugin.names(IWriterMaker)]
         others = [(maker.name, lambda maker=maker: maker.make(self._reactor)) for maker in makers]
         self._leftovers = removeLeftovers(active, others)
