@@ -122,6 +122,7 @@ class Config(Struct, frozen=True):
     drainTimeout: float = 300.0
     engine: str = "auto"
     nativeThread: bool = False
+    accessLog: str = ""
     policy: str = "round-robin"
     healthBind: HostPort | None = HostPort("0.0.0.0", 10256)
     metricsBind: HostPort | None = HostPort("127.0.0.1", 10249)
@@ -193,6 +194,7 @@ def schema(writers: Iterable[str] = (), policies: Iterable[str] = ()) -> dict[st
             Key("drain-timeout", "drainTimeout", DURATION),
             Key("engine", "engine", oneOf(ENGINES)),
             Key("native-thread", "nativeThread", SWITCH),
+            Key("access-log", "accessLog", PATH),
         ),
         "balance": (Key("policy", "policy", oneOf(policies)),),
         "health": (Key("bind", "healthBind", BIND),),

@@ -54,6 +54,7 @@ from .redaction import redactedValue
 from .report import Report
 from .syncer import Syncer
 from .systemd import Notifier
+from .userspace.accesslog import AccessLog
 from .userspace.dataplane import UserspaceDataplane
 from .userspace.dial import Dialer
 from .userspace.engines.choose import chooseEngine
@@ -142,6 +143,7 @@ class ProxyServer(MultiService):
         self.syncer: Syncer | None = None
         self._starting: Deferred[None] | None = None
         self._leftovers: Deferred[Any] | None = None
+        self._accessLog = AccessLog(reactor, config.accessLog) if config.accessLog else None
         self._makePages()
 
     # --- making
@@ -217,6 +219,7 @@ class ProxyServer(MultiService):
             return TcpProxier(
                 reactor, pool, balancer, observer,
                 relay=relay, dialer=dialer, budget=budget, connectTimeouts=config.connectTimeouts,
+                accessLog=self._accessLog,
             )
 
         def makeUdp(reactor: Any, pool: PoolName, balancer: ILoadBalancer, observer: ITrafficObserver) -> IProxier:
@@ -286,6 +289,8 @@ class ProxyServer(MultiService):
                 await self.dataplane.stop(0 if self._cutting else seconds)
             except Exception:
                 self.log.failure("Stopping the dataplane failed; --cleanup removes what it may have left")
+        if self._accessLog is not None:
+            await self._accessLog.close()
         await maybeDeferred(super().stopService)
         self.log.info("Stopped")
 

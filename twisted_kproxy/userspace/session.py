@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.values import Endpoint, Outcome
 from ..interfaces import NoEndpoint
+from .accesslog import AccessLog, hostPort, originalDestination
 from .dial import Dial, reasonOf
 from .engines.poller import INPUT
 from .sockets import EXHAUSTED, resetClose
@@ -36,16 +37,19 @@ class Session:
     """
 
     __slots__ = (
-        "_attempt", "_client", "_cut", "_dial", "_early", "_endpoint", "_failed", "_proxier", "_reason",
-        "_socket", "_started",
+        "_address", "_attempt", "_connected", "_cut", "_dial", "_early", "_endpoint", "_failed", "_frontend",
+        "_proxier", "_reason", "_socket", "_started",
     )  # fmt: skip
 
     _socket: socket.socket
     _endpoint: Endpoint
 
-    def __init__(self, proxier: TcpProxier, client: str) -> None:
+    def __init__(self, proxier: TcpProxier, address: tuple[Any, ...]) -> None:
+        """:param address: the client's socket address."""
         self._proxier = proxier
-        self._client = client
+        self._address = address
+        self._frontend = ""
+        self._connected: float | None = None
         self._attempt = 0
         self._failed: tuple[Endpoint, ...] = ()
         self._reason = "error"
@@ -93,7 +97,7 @@ class Session:
             while self._attempt < len(proxier.connectTimeouts):
                 timeout = proxier.connectTimeouts[self._attempt]
                 self._attempt += 1
-                self._endpoint = proxier.balancer.nextEndpoint(proxier.pool, self._client, self._failed)
+                self._endpoint = proxier.balancer.nextEndpoint(proxier.pool, self._address[0], self._failed)
                 try:
                     dial = proxier.dialer.dial(self._endpoint, timeout, self)
                 except OSError as error:
@@ -133,7 +137,10 @@ class Session:
         early, self._early = self._early, b""
         proxier.opened += 1
         proxier.balancer.opened(proxier.pool, endpoint)
-        proxier.observer.opened(proxier.pool, endpoint, proxier.reactor.seconds() - self._started)
+        self._connected = proxier.reactor.seconds() - self._started
+        proxier.observer.opened(proxier.pool, endpoint, self._connected)
+        if proxier.accessLog is not None:
+            self._frontend = originalDestination(self._socket)
         self._cut = proxier.relay.relay(self._socket, backend, early, self._relayEnded)
 
     def _relayEnded(self, outcome: Outcome) -> None:
@@ -142,6 +149,8 @@ class Session:
         try:
             proxier.balancer.closed(proxier.pool, self._endpoint)
             proxier.observer.closed(proxier.pool, self._endpoint, outcome)
+            if proxier.accessLog is not None:
+                self._log(proxier.accessLog, outcome)
         except Exception:
             proxier.log.failure("After a connection of {pool} had ended.", pool=str(proxier.pool))
         proxier.tellDrained()
@@ -176,9 +185,22 @@ class Session:
         if self._dial is not None:
             self._dial.cancel()
             self._dial = None
-        self._proxier.poller.closing(self._socket.fileno())
+        proxier = self._proxier
+        if proxier.accessLog is not None:
+            self._frontend = originalDestination(self._socket)
+            self._log(proxier.accessLog, Outcome(reason or "aborted", 0, 0))
+        proxier.poller.closing(self._socket.fileno())
         resetClose(self._socket)
-        self._proxier.sessionEnded(self)
+        proxier.sessionEnded(self)
         if reason:
-            self._proxier.observer.failed(self._proxier.pool, reason)
-        self._proxier.tellDrained()
+            proxier.observer.failed(proxier.pool, reason)
+        proxier.tellDrained()
+
+    def _log(self, log: AccessLog, outcome: Outcome) -> None:
+        proxier = self._proxier
+        log.ended(
+            proxier.pool, hostPort(*self._address[:2]), self._frontend,
+            self._endpoint if self._connected is not None else None,
+            tries=self._attempt, connect=self._connected, total=proxier.reactor.seconds() - self._started,
+            outcome=outcome,
+        )  # fmt: skip

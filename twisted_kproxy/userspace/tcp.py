@@ -24,6 +24,7 @@ from ..interfaces import (
     IRelay,
     ITrafficObserver,
 )
+from .accesslog import AccessLog
 from .dial import Dialer
 from .ports import Budget
 from .session import AcceptedSocket, Session
@@ -120,7 +121,7 @@ class ListeningPort(Port):
                 continue
             sock = openSocket(family, _STREAM, 0, fd)
             sock.setblocking(False)
-            Session(proxier, address[0]).makeConnection(self.transport(sock))
+            Session(proxier, address).makeConnection(self.transport(sock))
 
     def _logConnectionLostMsg(self) -> None:
         """Thousands of ports open and close here; the dataplane logs what matters."""
@@ -150,6 +151,7 @@ class TcpProxier(ServerFactory):
         dialer: Dialer,
         budget: Budget,
         connectTimeouts: Sequence[float] = (0.25, 0.5, 1.0, 2.0),
+        accessLog: AccessLog | None = None,
     ) -> None:
         self.reactor = reactor
         self.pool = pool
@@ -161,6 +163,7 @@ class TcpProxier(ServerFactory):
         self.poller = dialer.poller
         self.budget = budget
         self.connectTimeouts = tuple(connectTimeouts)
+        self.accessLog = accessLog
         self.opened = 0
         self._listening: ListeningPort | None = None
         # A dict for its order: cut oldest first.
@@ -224,7 +227,7 @@ class TcpProxier(ServerFactory):
 
     def buildProtocol(self, addr: IAddress) -> Session:  # type: ignore[override]
         """For connections that come from elsewhere than :class:`ListeningPort`, which makes its sessions itself."""
-        return Session(self, addr.host)  # type: ignore[attr-defined]
+        return Session(self, (addr.host, addr.port))  # type: ignore[attr-defined]
 
     # --- what sessions tell
 
