@@ -23,6 +23,7 @@ from .configvalues import (
     PROXY_URL,
     SERVER,
     SWITCH,
+    WORKERS,
     HostPort,
     Value,
     oneOf,
@@ -122,6 +123,7 @@ class Config(Struct, frozen=True):
     drainTimeout: float = 300.0
     engine: str = "auto"
     nativeThread: bool = False
+    workers: int = 1
     accessLog: str = ""
     policy: str = "round-robin"
     healthBind: HostPort | None = HostPort("0.0.0.0", 10256)
@@ -194,6 +196,7 @@ def schema(writers: Iterable[str] = (), policies: Iterable[str] = ()) -> dict[st
             Key("drain-timeout", "drainTimeout", DURATION),
             Key("engine", "engine", oneOf(ENGINES)),
             Key("native-thread", "nativeThread", SWITCH),
+            Key("workers", "workers", WORKERS),
             Key("access-log", "accessLog", PATH),
         ),
         "balance": (Key("policy", "policy", oneOf(policies)),),

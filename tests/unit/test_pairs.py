@@ -181,7 +181,7 @@ class StateTests(SynchronousTestCase):
     def test_oneReader(self) -> None:
         """However many connections: the reactor has one reader, and none when the last has ended."""
         self.assertEqual(len(self.reactor.readers), 1)
-        self.done.cancel()
+        self.done.cut()
         self.assertEqual(self.reactor.readers, set())
         self.assertEqual(self.successResultOf(self.done).reason, "aborted")
         self.assertEqual(self.reactor.getDelayedCalls(), [])
@@ -315,7 +315,7 @@ class StateTests(SynchronousTestCase):
         again.cancel()
         goOn()
         self.assertGreater(len(reads), before)
-        self.done.cancel()
+        self.done.cut()
 
     def test_handedOver(self) -> None:
         """What came while somebody else watched the sockets, an end as well, is not lost."""
