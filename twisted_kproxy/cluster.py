@@ -15,10 +15,10 @@ from twisted.logger import Logger
 from zope.interface import implementer
 
 from .core import wire
-from .core.locality import NO_SETTINGS, NodeSettings, addressesOf, localityOf, serviceNetworks
+from .core.locality import NO_SETTINGS, NodeSettings
 from .core.ownership import UNKNOWN_AGE, Claims
 from .core.resolve import NOTHING, Resolved, concerns, resolve, serviceOf, slicesOf
-from .core.topology import NodeFacts
+from .core.surroundings import KUBERNETES, Surroundings, serversOf
 from .core.values import (
     Change,
     Kind,
@@ -33,7 +33,6 @@ from .core.values import (
 )
 from .interfaces import IChannel
 
-ZONE_LABEL = "topology.kubernetes.io/zone"
 #: So many objects of a list are taken over at once; the rest of a longer one waits for :meth:`Cluster.catchUp`.
 MERGED_AT_ONCE = 500
 #: Resolving so many endpoints is as much work as resolving a Service.
@@ -57,11 +56,7 @@ class _Said:
 
 @implementer(IChannel)
 class Cluster:
-    """
-    Merges sources: for one key the first source in configuration order wins.
-
-    :ivar node: this node's object, where a source has it.
-    """
+    """Merges sources: for one key the first source in configuration order wins."""
 
     log = Logger()
 
@@ -90,15 +85,11 @@ class Cluster:
         self._claimed: dict[ServicePortName, ServicePort] = {}
         self._claims = Claims()
         self._waiting: dict[ServicePortName, None] = {}
-        self._settings = settings
-        self._servers: dict[str, frozenset[tuple[str, int]]] = {}
-        self._hostAddresses: frozenset[str] = frozenset()
-        self._facts = NodeFacts(name=nodeName, allowed=settings.allowed, denied=settings.denied)
-        self._locality = localityOf(settings, None)
+        self._surroundings = Surroundings(nodeName, settings)
+        self._facts, self._locality = self._surroundings.known()
         self._ports: dict[ServicePortName, ServicePort] = {}
         self._map = ServiceMap(locality=self._locality)
         self._stale = False
-        self.node: wire.Node | None = None
 
     # --- the channel
 
@@ -113,7 +104,8 @@ class Cluster:
     def say(self, word: Word | Reached) -> None:
         """Take over one word of a source. See :class:`~twisted_kproxy.interfaces.IChannel`."""
         if isinstance(word, Reached):
-            self._reached(word)
+            if self._findServers(word.source, word.servers):
+                self.changed()
             return
         said = self._said[word.source].setdefault(word.kind, _Said())
         if isinstance(word, Replaced):
@@ -169,6 +161,11 @@ class Cluster:
     # --- merging
 
     @property
+    def node(self) -> wire.Node | None:
+        """This node's object, where a source has it."""
+        return self._surroundings.node
+
+    @property
     def synced(self) -> bool:
         """Whether every source has said everything once. Before that, nothing may be written."""
         return not self._unsynced
@@ -222,16 +219,17 @@ class Cluster:
         elif kind == "Endpoints":
             self._placeSlices(kind, key, slicesOf(it) if it is not None else [])
         elif kind == "ServiceCIDR":
+            self._surroundings.services = merged
             self._locate()
         elif key == self._nodeName:
-            self.node = it
+            self._surroundings.node = it
             self.nodeChanged(it)
             self._locate()
         return True
 
     def _placeSlices(self, kind: str, key: str, slices: Iterable[wire.EndpointSlice]) -> None:
         """Move what this object said to the Service that it belongs to now: its label may be another than before."""
-        home = self._sliceHome.pop((kind, key), None)
+        home = left = self._sliceHome.pop((kind, key), None)
         if home is not None:
             mine = self._slices[home]
             del mine[kind, key]
@@ -245,20 +243,25 @@ class Cluster:
             self._sliceHome[kind, key] = home
             self._slices.setdefault(home, {})[kind, key] = placed
             self._dirty[home] = None
+        if KUBERNETES in (left, home):
+            objects = self._slices.get(KUBERNETES, {}).values()
+            self._findServers("", serversOf(it for placed in objects for it in placed))
 
     def hostAddresses(self, addresses: Iterable[str]) -> None:
         """The addresses by which this machine talks to others: those of the node, as long as no Node object says."""
-        found = frozenset(addresses)
-        if found != self._hostAddresses:
-            self._hostAddresses = found
-            if self._locate():
-                self.changed()
+        self._surroundings.hostAddresses = frozenset(addresses)
+        if self._locate():
+            self.changed()
 
-    def _reached(self, word: Reached) -> None:
-        if self._servers.get(word.source) != word.servers:
-            self._servers[word.source] = word.servers
-            if self._locate():
-                self.changed()
+    def _findServers(self, who: str, servers: frozenset[tuple[str, int]]) -> bool:
+        """
+        :param who: knows of these API servers: a source, or ``""`` for what is said of a Service.
+        :return: whether that makes a difference.
+        """
+        if self._surroundings.servers.get(who) == servers:
+            return False
+        self._surroundings.servers[who] = servers
+        return self._locate()
 
     def _locate(self) -> bool:
         """
@@ -266,18 +269,7 @@ class Cluster:
 
         :return: whether it is.
         """
-        node, settings = self.node, self._settings
-        addresses = addressesOf(node) or self._hostAddresses
-        services = serviceNetworks(self._merged.get("ServiceCIDR", {}))
-        locality = localityOf(settings, node, addresses, services)
-        facts = NodeFacts(
-            name=self._nodeName,
-            zone=(node.metadata.label(ZONE_LABEL) or "") if node is not None else "",
-            addresses=addresses,
-            servers=frozenset().union(*self._servers.values()),
-            allowed=settings.allowed,
-            denied=settings.denied,
-        )
+        facts, locality = self._surroundings.known()
         if (facts, locality) == (self._facts, self._locality):
             return False
         if locality != self._locality:

@@ -6,12 +6,8 @@ sources → cluster → syncer → broadcast → metrics, load balancer, datapla
 
 from __future__ import annotations
 
-import atexit
 import gc
 import os
-import signal
-import sys
-import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -28,10 +24,11 @@ from .broadcast import Broadcast
 from .cluster import Cluster
 from .config import Config, effective, nodeSettings
 from .core.changes import Update
-from .core.values import FAMILIES, PoolName
+from .core.values import Family, PoolName
 from .interfaces import (
     IBalancingPolicy,
     IDataplane,
+    IEventRecorder,
     ILoadBalancer,
     IPolicyMaker,
     IProxier,
@@ -45,19 +42,22 @@ from .interfaces import (
     NotAvailable,
 )
 from .metrics import LoopLag, Metrics
+from .netfilter.addresswatch import AddressWatch
 from .netfilter.choose import chooseWriter, removeLeftovers
 from .netfilter.claim import NamespaceClaim
 from .netfilter.conntrack import Flows
 from .netfilter.node import primaryAddress
 from .netfilter.plane import RulePlane
+from .process import catchSignals, exitStatus
 from .redaction import redactedValue
 from .report import Report
+from .sources.events import NoEvents
 from .syncer import Syncer
 from .systemd import Notifier
 from .userspace.accesslog import AccessLog
 from .userspace.dataplane import UserspaceDataplane
 from .userspace.dial import Dialer
-from .userspace.engines.choose import chooseEngine
+from .userspace.engines.choose import makeRelay
 from .userspace.engines.poller import Poller
 from .userspace.ports import Budget, PortRange, raiseLimit
 from .userspace.tcp import TcpProxier
@@ -135,7 +135,9 @@ class ProxyServer(MultiService):
         self.balancer = LoadBalancer(reactor, makePolicy)
         self.sources: list[ISource] = []
         self.cluster = Cluster(config.nodeName, config.proxyName, nodeSettings(config))
-        self.cluster.hostAddresses(filter(None, map(primaryAddress, FAMILIES)))
+        self.addresses = AddressWatch(reactor, self._addressesChanged)
+        self.addresses.setServiceParent(self)  # type: ignore[no-untyped-call]
+        self.cluster.hostAddresses(filter(None, self.addresses.addresses.values()))
         self.cluster.nodeChanged = self.health.nodeChanged
         self.cluster.nodesListed = self._nodesListed
         self._makeSources()
@@ -143,6 +145,7 @@ class ProxyServer(MultiService):
         self.syncer: Syncer | None = None
         self._starting: Deferred[None] | None = None
         self._leftovers: Deferred[Any] | None = None
+        self._relay: IRelay | None = None
         self._accessLog = AccessLog(reactor, config.accessLog) if config.accessLog else None
         self._makePages()
 
@@ -159,6 +162,10 @@ class ProxyServer(MultiService):
             )
             self.cluster.expect(source.name, source.kinds)
             self.sources.append(source)
+        #: of the first source that has somebody to tell
+        self.events: IEventRecorder = next(
+            (IEventRecorder(it) for it in self.sources if IEventRecorder.providedBy(it)), NoEvents()
+        )
         self.metrics.watchSources(lambda: self.sources)
         self.metrics.watchProblems(self.cluster.problems)
         self.metrics.watchRefused(self.cluster.refused)
@@ -213,7 +220,8 @@ class ProxyServer(MultiService):
         budget = Budget(reactor)
         forFlows = budget.share(UDP_SHARE)
         poller = Poller(reactor)
-        dialer, relay = Dialer(reactor, poller), chooseEngine(reactor, poller, config.engine, config.nativeThread)
+        dialer = Dialer(reactor, poller)
+        relay = self._relay = makeRelay(reactor, poller, config.engine, config.nativeThread, config.workers)
 
         def makeTcp(reactor: Any, pool: PoolName, balancer: ILoadBalancer, observer: ITrafficObserver) -> IProxier:
             return TcpProxier(
@@ -239,7 +247,7 @@ class ProxyServer(MultiService):
         self.log.info("kproxy {version} starts on node {node}", version=__version__, node=self._config.nodeName)
         for source in self.sources:
             source.setServiceParent(self)  # type: ignore[no-untyped-call]
-        self._reactor.callWhenRunning(self._catchSignals)
+        self._reactor.callWhenRunning(catchSignals, self._reactor, lambda: self._stopping, self.cut)
         self._starting = Deferred.fromCoroutine(self._start())
         self._starting.addErrback(self._giveUp)
 
@@ -276,6 +284,7 @@ class ProxyServer(MultiService):
             self.log.info("Stopping; open connections may go on for up to {seconds:g} s", seconds=seconds)
         self.notifier.stopping()
         self.health.stopping()
+        self.addresses.stopService()
         for source in self.sources:
             await maybeDeferred(source.disownServiceParent)
         if self._starting is not None:
@@ -289,6 +298,8 @@ class ProxyServer(MultiService):
                 await self.dataplane.stop(0 if self._cutting else seconds)
             except Exception:
                 self.log.failure("Stopping the dataplane failed; --cleanup removes what it may have left")
+        if self._relay is not None:
+            await maybeDeferred(self._relay.stop)
         if self._accessLog is not None:
             await self._accessLog.close()
         await maybeDeferred(super().stopService)
@@ -301,25 +312,6 @@ class ProxyServer(MultiService):
             self.log.info("Cutting the connections that are still open")
             self.dataplane.stop(0).addErrback(lambda failure: self.log.failure("Cutting failed", failure))
 
-    def _catchSignals(self) -> None:
-        """The first SIGTERM or SIGINT stops the reactor, a second one cuts. Twisted itself knows only the first."""
-
-        def caught(number: int, frame: object) -> None:
-            self._reactor.callFromThread(self.cut if self._stopping else self._reactor.stop)
-
-        def ignored(number: int, frame: object) -> None:
-            self._reactor.callFromThread(
-                self.log.info, "{signal} is ignored; the configuration is read at the start only",
-                signal=signal.Signals(number).name,
-            )
-
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, caught)
-            # Left alone they would end the process without a word, and its rules would lead nowhere.
-            for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
-                signal.signal(number, ignored)
-
     def _giveUp(self, failure: Failure) -> None:
         if self._stopping:
             return
@@ -327,10 +319,15 @@ class ProxyServer(MultiService):
             self.log.critical("kproxy cannot run: {error}", error=failure.getErrorMessage())
         else:
             self.log.failure("kproxy cannot run", failure)
-        _exitStatus(1)
+        exitStatus(1)
         self._reactor.callWhenRunning(self._reactor.stop)
 
     # --- what happens meanwhile
+
+    def _addressesChanged(self, addresses: Mapping[Family, str | None]) -> None:
+        self.cluster.hostAddresses(filter(None, addresses.values()))
+        if self.syncer is not None:
+            self.syncer.resync()
 
     def _changedOutside(self) -> None:
         if self.syncer is not None:
@@ -348,6 +345,12 @@ class ProxyServer(MultiService):
         makers = [plugin.find(IWriterMaker, name) for name in plugin.names(IWriterMaker)]
         others = [(maker.name, lambda maker=maker: maker.make(self._reactor)) for maker in makers]
         self._leftovers = removeLeftovers(active, others)
+        node, name = self.cluster.node, self._config.nodeName
+        self.events.record(
+            # kubectl looks for events of a Node by its name in the place of its uid, too
+            "Node", "", name, (node.metadata.uid if node is not None else None) or name,
+            "Starting", "StartKproxy", f"kproxy {__version__} serves on this node",
+        )
 
     def _nodesListed(self, source: str) -> None:
         """An API server that does not know our node: a wrong name, most of all, and then nothing is local."""
@@ -406,17 +409,3 @@ def cleanup(reactor: Any) -> Deferred[list[str]]:
         could not be removed.
     """
     return Deferred.fromCoroutine(_cleanup(reactor))
-
-
-def _exitStatus(status: int) -> None:
-    """
-    Let the process end with that status. twistd has no means to say so, and exceptions in shutdown triggers are only
-    logged; what is registered last with atexit runs first, so output that others flush there is flushed here.
-    """
-
-    def leave() -> None:
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-        os._exit(status)
-
-    atexit.register(leave)

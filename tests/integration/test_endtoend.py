@@ -143,6 +143,17 @@ class EndToEndTests(EndToEnd):
             answer = self.world.ask("p0b", ip, 53, os.urandom(60_000))
             self.assertEqual(answer, "p1a")
 
+    def test_apiServer(self) -> None:
+        """A Service that would take the API server's own address and port gets all but that: the API stays."""
+        address = self.rig.address("api")
+        ports = [{"name": "http", "port": 6443, "protocol": "TCP"}]
+        it = self.world.make("takesapi", "p0a", ports=ports, externalIPs=[address])
+        self.expect("p0b", f"http://{it['spec']['clusterIP']}:6443/", {"p0a"})
+        reason = f"{address}:6443 is where the API server is reached; it is not served"
+        problems = self.world.status()["problems"]
+        self.assertIn({"kind": "Service", "key": "default/takesapi", "reason": reason}, problems)
+        self.assertEqual(self.rig.http("n0", f"http://{address}:6443/version")[0], 200)
+
     def test_upAndDown(self) -> None:
         """A Service can be removed and made anew under the same name with another address; its neighbour stays."""
         first = self.world.make("comes", "p0a")

@@ -13,7 +13,9 @@ from tests.builders import member, node, portName, service, slice_
 from twisted_kproxy.cluster import Cluster
 from twisted_kproxy.core import wire
 from twisted_kproxy.core.changes import Update
-from twisted_kproxy.core.values import Change, Kind, Rejected, Replaced, ServiceMap, Word
+from twisted_kproxy.core.locality import NO_SETTINGS, NodeSettings
+from twisted_kproxy.core.surroundings import MOST_SERVERS
+from twisted_kproxy.core.values import Change, Kind, Reached, Rejected, Replaced, ServiceMap, Word
 from twisted_kproxy.interfaces import IChannel
 
 KINDS = ("Service", "EndpointSlice", "Endpoints", "Node")
@@ -26,8 +28,8 @@ class ClusterTestCase(SynchronousTestCase):
         self.changes = 0
         self.cluster = self.make("s")
 
-    def make(self, *sources: str, synced: bool = True) -> Cluster:
-        cluster = Cluster("n0")
+    def make(self, *sources: str, synced: bool = True, configured: NodeSettings = NO_SETTINGS) -> Cluster:
+        cluster = Cluster("n0", settings=configured)
         cluster.changed = self.count
         for name in sources:
             cluster.expect(name, KINDS)
@@ -71,6 +73,112 @@ class SyncTests(ClusterTestCase):
                 self.assertEqual(self.changes, 1)
         self.assertTrue(cluster.synced)
         self.assertEqual(cluster.missing, [])
+
+
+class ServersTests(ClusterTestCase):
+    """No Service may take the place of the API server."""
+
+    def served(self) -> list[str]:
+        """The external addresses that are served."""
+        frontends = self.cluster.current()[portName()].frontends
+        return [it.address for it in frontends if it.kind == "ExternalIP" and it.address]
+
+    def external(self, *addresses: str, port: int = 6443) -> None:
+        self.put(service(externalIPs=list(addresses), ports=[{"name": "http", "port": port}]))
+
+    def kubernetes(self, *addresses: str, name: str = "kubernetes", port: int = 6443) -> None:
+        ports = [{"name": "https", "port": port, "protocol": "TCP"}, {"name": "any"}]
+        members = [member(it, ready=False) for it in addresses]
+        self.put(slice_(*members, name=name, of="kubernetes", namespace="default", ports=ports))
+
+    def test_reached(self) -> None:
+        """Where a source reaches its server, whenever it says so; each has its own word."""
+        self.external("192.0.2.4", "192.0.2.5", "192.0.2.6")
+        self.assertEqual(len(self.served()), 3)
+        self.cluster.say(Reached("s", frozenset({("192.0.2.4", 6443), ("192.0.2.6", 443)})))
+        self.assertEqual(self.served(), ["192.0.2.5", "192.0.2.6"])
+        self.cluster.say(Reached("t", frozenset({("192.0.2.5", 6443)})))
+        self.assertEqual(self.served(), ["192.0.2.6"])
+        self.cluster.say(Reached("s", frozenset()))
+        self.assertEqual(self.served(), ["192.0.2.4", "192.0.2.6"])
+
+    def test_sameAgain(self) -> None:
+        """The same said again makes no work."""
+        self.external("192.0.2.4")
+        self.cluster.say(Reached("s", frozenset({("192.0.2.4", 6443)})))
+        self.cluster.current()
+        self.changes = 0
+        self.cluster.say(Reached("s", frozenset({("192.0.2.4", 6443)})))
+        self.assertEqual((self.changes, self.cluster.settled), (0, True))
+
+    def test_endpointsOfKubernetes(self) -> None:
+        """The endpoints of Service default/kubernetes are API servers, ready or not."""
+        self.external("192.0.2.4", "192.0.2.5")
+        self.kubernetes("192.0.2.4")
+        self.assertEqual(self.served(), ["192.0.2.5"])
+        self.kubernetes("192.0.2.5", name="another")
+        self.assertEqual(self.served(), [])
+        self.drop("EndpointSlice", "default/kubernetes")
+        self.assertEqual(self.served(), ["192.0.2.4"])
+        self.kubernetes("192.0.2.5", name="another", port=443)
+        self.assertEqual(self.served(), ["192.0.2.4", "192.0.2.5"])
+
+    def test_legacyEndpointsOfKubernetes(self) -> None:
+        """So where there are only Endpoints."""
+        self.external("192.0.2.4")
+        it = {
+            "metadata": {"name": "kubernetes", "namespace": "default"},
+            "subsets": [{"addresses": [{"ip": "192.0.2.4"}], "ports": [{"name": "https", "port": 6443}]}],
+        }
+        self.put(wire.convert("Endpoints", it))
+        self.assertEqual(self.served(), [])
+
+    def test_othersOfThatName(self) -> None:
+        """A Service of that name in another namespace says nothing about API servers."""
+        self.external("192.0.2.4")
+        ports = [{"name": "https", "port": 6443, "protocol": "TCP"}]
+        self.put(slice_(member("192.0.2.4"), name="kubernetes", of="kubernetes", ports=ports))
+        self.assertEqual(self.served(), ["192.0.2.4"])
+
+    def test_unrelatedChangesAreCheap(self) -> None:
+        """Only another set of servers has every Service resolved anew."""
+        self.external("192.0.2.4")
+        self.kubernetes("192.0.2.4")
+        self.cluster.current()
+        self.kubernetes("192.0.2.4", name="kubernetes")
+        self.kubernetes("192.0.2.4", name="again")
+        self.put(slice_(member("10.1.0.1"), name="other-1", of="other"))
+        self.assertNotIn(("shop", "web"), self.cluster._dirty)
+
+    def test_bounded(self) -> None:
+        """Whoever lists thousands there does not fill memory, nor break anything."""
+        self.external("192.0.2.4")
+        self.kubernetes(*(f"10.9.{n // 256}.{n % 256}" for n in range(3000)), "nonsense")
+        self.assertEqual(self.served(), ["192.0.2.4"])
+        self.assertEqual(len(self.cluster._surroundings.servers[""]), MOST_SERVERS)
+
+    def test_hostAddresses(self) -> None:
+        """A node port of the API server on this node is refused: by the machine's addresses until the Node says."""
+        self.put(service(type="NodePort", ports=[{"name": "http", "port": 80, "nodePort": 30080}]))
+        self.cluster.say(Reached("s", frozenset({("192.0.2.2", 30080)})))
+
+        def nodePorts() -> int:
+            return sum(it.kind == "NodePort" for it in self.cluster.current()[portName()].frontends)
+
+        self.assertEqual(nodePorts(), 1)
+        self.changes = 0
+        self.cluster.hostAddresses(["192.0.2.2"])
+        self.assertEqual((self.changes, nodePorts()), (1, 0))
+        self.cluster.hostAddresses(["192.0.2.2"])
+        self.assertEqual(self.changes, 1)
+        addresses = [{"type": "InternalIP", "address": "192.0.2.3"}]
+        self.put(wire.convert("Node", {"metadata": {"name": "n0"}, "status": {"addresses": addresses}}))
+        self.assertEqual(nodePorts(), 1)
+        self.cluster.hostAddresses(["192.0.2.7"])
+        self.assertEqual(nodePorts(), 1)
+        self.drop("Node", "n0")
+        self.cluster.hostAddresses(["192.0.2.2"])
+        self.assertEqual(nodePorts(), 0)
 
 
 class MergeTests(ClusterTestCase):
@@ -174,6 +282,37 @@ class MergeTests(ClusterTestCase):
         self.assertEqual(self.ends(), ["10.1.0.2:8080"])
         self.drop("Node", "n0")
         self.assertEqual(len(self.ends() or ()), 2)
+
+    def test_podNetworks(self) -> None:
+        """With detect-local = node-cidr, the pods of this node are where its Node says, as soon as it does."""
+        self.cluster = self.make("s", configured=NodeSettings(detectLocal="node-cidr"))
+        self.put(service())
+        before = self.cluster.current()
+        self.assertEqual(before.locality.insiders, ())
+        seen = []
+        for spec in ({"podCIDR": "10.244.3.0/24"}, {"podCIDRs": ["10.244.4.0/24", "fd00:10:244:4::/64"]}, {}):
+            self.changes = 0
+            self.put(wire.convert("Node", {"metadata": {"name": "n0"}, "spec": spec}))
+            self.put(wire.convert("Node", {"metadata": {"name": "n1"}, "spec": {"podCIDR": "10.244.9.0/24"}}))
+            self.assertGreater(self.changes, 0)
+            seen.append(self.cluster.current())
+        self.assertEqual(
+            [it.locality.insiders for it in seen],
+            [("10.244.3.0/24",), ("10.244.4.0/24", "fd00:10:244:4::/64"), ()],
+        )
+        # That is all that is new: no Service means anything else by it, so nothing is to be rendered again.
+        self.assertIs(seen[-1][portName()], before[portName()])
+        self.assertGreater(seen[1].generation, seen[0].generation)
+        self.drop("Node", "n0")
+        self.assertEqual(self.cluster.current().locality.insiders, ())
+
+    def test_serviceNetworks(self) -> None:
+        """ServiceCIDRs need not be promised; they are followed, and those of two sources are one set by name."""
+        for name, cidrs in (("kubernetes", ["10.96.0.0/16"]), ("more", ["10.97.0.0/16", "nonsense"])):
+            self.put(wire.convert("ServiceCIDR", {"metadata": {"name": name}, "spec": {"cidrs": cidrs}}))
+        self.assertEqual(self.cluster.current().locality.services, ("10.96.0.0/15",))
+        self.drop("ServiceCIDR", "more")
+        self.assertEqual(self.cluster.current().locality.services, ("10.96.0.0/16",))
 
     def test_nodeCallbacks(self) -> None:
         """Who wants to know is told of this node's object, and of each list of nodes."""

@@ -210,7 +210,7 @@ class ShippedTests(TapCase):
         self.assertNotIn("root", unit.get("User", []))
 
     def test_accessRights(self) -> None:
-        """The cluster role holds what kproxy reads, and nothing else; the binding gives it to the account."""
+        """The role holds what kproxy reads, events to write, and no more; the binding gives it to the account."""
         account, role, binding = yaml.safe_load_all((ETC / "rbac.yaml").read_text("utf-8"))
         rights = {
             (group, resource, verb)
@@ -225,6 +225,8 @@ class ShippedTests(TapCase):
                 *(("", "services", verb) for verb in ("list", "watch")),
                 *(("discovery.k8s.io", "endpointslices", verb) for verb in ("list", "watch")),
                 *(("", "nodes", verb) for verb in ("get", "list", "watch")),
+                *(("networking.k8s.io", "servicecidrs", verb) for verb in ("get", "list", "watch")),
+                *(("events.k8s.io", "events", verb) for verb in ("create", "patch")),
             },
         )
         self.assertEqual(binding["roleRef"]["name"], role["metadata"]["name"])

@@ -8,7 +8,7 @@ import socket
 from typing import Any
 
 from twisted.internet import reactor
-from twisted.internet.defer import gatherResults
+from twisted.internet.defer import Deferred, gatherResults, succeed
 from twisted.internet.task import deferLater
 from twisted.trial.unittest import TestCase
 
@@ -26,6 +26,9 @@ class _NoEngine:
 
     def relay(self, *args: Any) -> Any:
         raise AssertionError("no worker took it")
+
+    def stop(self) -> Deferred[None]:
+        return succeed(None)
 
 
 class WorkersRelaySuiteTests(RelaySuite, BulkSuite, TestCase):
@@ -54,7 +57,6 @@ class WorkersTests(TestCase):
     def setUp(self) -> None:
         self.poller = Poller(reactor)
         self.own = PairRelay(reactor, self.poller)
-        self.addCleanup(self.own.pipes.close)
         self.relay = WorkersRelay(reactor, self.poller, self.own, 2, "python")
         self.addCleanup(self.relay.stop)
 

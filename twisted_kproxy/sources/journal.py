@@ -21,6 +21,7 @@ class Journal:
     :ivar state: in words.
     :ivar counts: of ``lists``, ``streams`` (whole states that came as the beginning of a watch), ``watches``,
         ``events``, ``retries``.
+    :ivar missing: what the server last said of these objects is that it has none to give.
     :ivar heard: when the server last proved that nothing is missing here.
     """
 
@@ -32,14 +33,17 @@ class Journal:
         self.kind = kind
         self.state = "new"
         self.counts: Counter[str] = Counter()
+        self.missing = False
         self.heard: float | None = None
         self.lastError = ""
         self._outSince: float | None = None
+        self._lacking = ""
         self._logged: dict[str, float] = {}
 
     def agreed(self) -> None:
         """The server has just proved that nothing is missing here."""
         self.heard = self._clock.seconds()
+        self.missing = False
         self._outSince = None
 
     def connected(self) -> None:
@@ -52,7 +56,7 @@ class Journal:
 
     def outage(self) -> Outage | None:
         """Since when nothing has worked, if so."""
-        return None if self._outSince is None else Outage(self._outSince, self.lastError)
+        return None if self._outSince is None or self.missing else Outage(self._outSince, self.lastError)
 
     def counters(self) -> dict[str, int]:
         """What only grows."""
@@ -79,6 +83,19 @@ class Journal:
         self.log.emit(
             level, "No agreement on {kind} for now: {error}", kind=self.kind, error=text, source=self._source
         )
+
+    def lacking(self, error: Exception) -> None:
+        """The server does not have what may be missing, or does not let us read it: told once, and no fault."""
+        text = self.lastError = str(error)
+        self.state = "not available"
+        self.missing = True
+        self._outSince = None
+        if text != self._lacking:
+            self._lacking = text
+            self.log.info(
+                "There is no {kind} to be had, which does no harm; asking again now and then: {error}",
+                kind=self.kind, error=text, source=self._source,
+            )
 
     def rejected(self, key: str, reason: str) -> None:
         """An object cannot be read."""

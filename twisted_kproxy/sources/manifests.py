@@ -29,6 +29,7 @@ VERSIONS: dict[str, tuple[str, ...]] = {
     "Endpoints": ("v1",),
     "Node": ("v1",),
     "EndpointSlice": ("discovery.k8s.io/v1", "discovery.k8s.io/v1beta1"),
+    "ServiceCIDR": ("networking.k8s.io/v1", "networking.k8s.io/v1beta1"),
 }
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _TAG = "tag:yaml.org,2002:"
@@ -178,11 +179,11 @@ _GROUPS = {version.partition("/")[0] for versions in VERSIONS.values() for versi
 
 
 def _placed(value: dict[Any, Any], kind: Kind) -> dict[Any, Any]:
-    """The object in its namespace: ``default`` where it names none; a Node is in none."""
+    """The object in its namespace: ``default`` where it names none; a Node, for one, is in none."""
     meta = value.get("metadata")
     if not isinstance(meta, dict):
         return value
-    if kind == "Node":
+    if kind in wire.CLUSTER_WIDE:
         return {**value, "metadata": {**meta, "namespace": None}}
     if meta.get("namespace") in (None, ""):
         return {**value, "metadata": {**meta, "namespace": "default"}}

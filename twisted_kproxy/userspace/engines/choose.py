@@ -16,6 +16,7 @@ from ...interfaces import IRelay, NotAvailable
 from .native import NativeRelay, selfTest
 from .pairs import PairRelay
 from .poller import Poller
+from .workers import WorkersRelay
 
 #: In order of preference.
 AUTOMATIC = ("native", "python")
@@ -57,3 +58,17 @@ def chooseEngine(reactor: Any, poller: Poller, wanted: str = "auto", threaded: b
         )
         return engine
     raise NotAvailable(f"engine = {wanted}: {'; '.join(reasons)}")
+
+
+def makeRelay(reactor: Any, poller: Poller, wanted: str, threaded: bool, workers: int) -> IRelay:
+    """
+    What carries bytes, as it is configured.
+
+    :param workers: how many processes; 1 for this one alone.
+    :raise NotAvailable: see :func:`chooseEngine`.
+    """
+    own = chooseEngine(reactor, poller, wanted, threaded)
+    if workers == 1:
+        return own
+    relay: IRelay = WorkersRelay(reactor, poller, own, workers, own.name, threaded)
+    return relay

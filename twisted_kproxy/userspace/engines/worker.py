@@ -164,7 +164,10 @@ def main(arguments: list[str]) -> None:
     worker = Worker(reactor, channel, engine, reactor.stop)
     reactor.addReader(worker)
     gc.freeze()
-    channel.send(msgpack.encode(Endings([])))  # it is ready
+    try:
+        channel.send(msgpack.encode(Endings([])))  # it is ready
+    except OSError:
+        return  # the daemon has stopped meanwhile
     reactor.run(installSignalHandlers=False)
 
 

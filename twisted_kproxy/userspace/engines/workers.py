@@ -246,7 +246,8 @@ class WorkersRelay:
         for it in list(self._workers.values()):
             it.close()
         self._allEnded()
-        return done
+        # Connections that the daemon itself has carried, for want of a worker.
+        return done.addCallback(lambda _: self._own.stop())
 
     def _begin(self, index: int) -> None:
         self._timers.pop(index, None)
