@@ -32,6 +32,7 @@ from .interfaces import (
     ILoadBalancer,
     IPolicyMaker,
     IProxier,
+    IRelay,
     IRuleWriter,
     ISource,
     ISourceMaker,
