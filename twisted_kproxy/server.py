@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 from twisted.application.service import MultiService
@@ -22,11 +23,13 @@ from .balance.balancer import LoadBalancer
 from .balance.failures import EndpointFailures
 from .broadcast import Broadcast
 from .cluster import Cluster
-from .config import Config, effective, nodeSettings
+from .config import Config, conntrackSettings, effective, nodeSettings
 from .core.changes import Update
 from .core.values import Family, PoolName
+from .explainer import Explainer
 from .interfaces import (
     IBalancingPolicy,
+    IChannel,
     IDataplane,
     IEventRecorder,
     ILoadBalancer,
@@ -47,8 +50,9 @@ from .netfilter.addresswatch import AddressWatch
 from .netfilter.choose import chooseWriter, removeLeftovers
 from .netfilter.claim import NamespaceClaim
 from .netfilter.conntrack import Flows
-from .netfilter.node import primaryAddress
+from .netfilter.node import ownAddresses, primaryAddress, sourceTowards
 from .netfilter.plane import RulePlane
+from .netfilter.sysctls import KernelSettings, Wishes, nodePortsOf, warnOfLocalPorts
 from .process import catchSignals, exitStatus
 from .redaction import redactedValue
 from .report import Report
@@ -63,8 +67,9 @@ from .userspace.engines.poller import Poller
 from .userspace.ports import Budget, PortRange, raiseLimit
 from .userspace.tcp import TcpProxier
 from .userspace.udp import UdpProxier
+from .web.healthcheck import HealthChecks
 from .web.site import Listener, makeSite
-from .web.status import HealthState, healthPages, metricsPages, tree
+from .web.status import HealthState, explainPage, healthPages, metricsPages, tree
 
 #: in order of preference; others are chosen by name only
 AUTOMATIC_WRITERS = ("nftables", "python-iptables", "iptables")
@@ -143,6 +148,8 @@ class ProxyServer(MultiService):
         self.cluster.nodesListed = self._nodesListed
         self._makeSources()
         self.dataplane: IDataplane | None = None
+        self.checks: HealthChecks | None = None
+        self._kernel = KernelSettings(Wishes(*conntrackSettings(config)))
         self.syncer: Syncer | None = None
         self._starting: Deferred[None] | None = None
         self._leftovers: Deferred[Any] | None = None
@@ -153,14 +160,7 @@ class ProxyServer(MultiService):
     # --- making
 
     def _makeSources(self) -> None:
-        config = self._config
-        channel = self.metrics.counting(self.cluster)
-        for options in config.sources:
-            maker = plugin.find(ISourceMaker, options.type)
-            source: ISource = maker.make(
-                self._reactor, options.name, options, channel,
-                nodeName=config.nodeName, proxyName=config.proxyName,
-            )
+        for source in makeSources(self._reactor, self._config, self.metrics.counting(self.cluster)):
             self.cluster.expect(source.name, source.kinds)
             self.sources.append(source)
         #: of the first source that has somebody to tell
@@ -186,8 +186,9 @@ class ProxyServer(MultiService):
                 self.metrics.exposition,
                 lambda: config.mode,
                 lambda: redactedValue(effective(config)),
-                report.parts(),
+                {**report.parts(), "healthChecks": lambda: self.checks.status() if self.checks else {}},
             ),
+            **explainPage(self._makeExplainer(report).answer),
         }
         for what, bind, content in (("health", config.healthBind, health), ("metrics", config.metricsBind, pages)):
             if bind is not None:
@@ -196,19 +197,29 @@ class ProxyServer(MultiService):
         LoopLag(self._reactor, self.metrics.observeLag).setServiceParent(self)  # type: ignore[no-untyped-call]
         self.notifier.setServiceParent(self)  # type: ignore[no-untyped-call]
 
+    def _makeExplainer(self, report: Report) -> Explainer:
+        config = self._config
+        return Explainer(
+            self.cluster,
+            applied=lambda: self.syncer.applied if self.syncer is not None else None,
+            sync=report.sync,
+            boundTo=self.balancer.boundTo,
+            failing=self.failures.status,
+            dataplane=report.dataplane,
+            addresses=ownAddresses,
+            sourceTowards=sourceTowards,
+            userspace=config.mode == "userspace",
+            masqueradeAll=config.masqueradeAll,
+        )
+
     async def _chooseWriter(self) -> IRuleWriter:
-        wanted = self._config.writer
-        names = AUTOMATIC_WRITERS if wanted == "auto" else (wanted,)
-        candidates = []
-        for name in names:
-            maker = plugin.find(IWriterMaker, name)
-            candidates.append((name, lambda maker=maker: maker.make(self._reactor)))
-        return await chooseWriter(candidates)
+        return await chooseWriter(writersOf(self._reactor, self._config))
 
     def _makeDataplane(self, writer: IRuleWriter) -> IDataplane:
         config, reactor = self._config, self._reactor
         rules = RulePlane(
-            reactor, writer, flows=Flows(reactor), changedOutside=self._changedOutside,
+            reactor, writer, flows=Flows(reactor, observe=self.metrics.upkeep.looked),
+            changedOutside=self._changedOutside,
             claim=NamespaceClaim() if writer.place != "nowhere" else None,
         )
         self.metrics.watchQuarantined(
@@ -218,7 +229,7 @@ class ProxyServer(MultiService):
             ]
         )
         raiseLimit()
-        budget = Budget(reactor)
+        budget = self._budget = Budget(reactor)
         forFlows = budget.share(UDP_SHARE)
         poller = Poller(reactor)
         dialer = Dialer(reactor, poller)
@@ -260,8 +271,16 @@ class ProxyServer(MultiService):
         self.dataplane = dataplane
         if self._stopping:
             return
+        if writer.place != "nowhere":
+            self._kernel.apply()
+        self.checks = HealthChecks(
+            self._reactor, config.nodeName, lambda: self.health.health().healthy, self.events,
+            budget=self._budget, answered=self.metrics.upkeep.answered,
+        )
+        self.metrics.upkeep.watchPorts(self.checks.counts)
+        self.checks.setServiceParent(self)  # type: ignore[no-untyped-call]
         observer = _Observer(self.health, self.metrics, self.notifier, lambda: self._inForce(writer))
-        listeners = Broadcast([self.metrics, self.balancer, dataplane])
+        listeners = Broadcast([self.metrics, self.balancer, dataplane, self.checks])
         self.syncer = Syncer(
             self._reactor, self.cluster, listeners, observer,
             minPeriod=config.minSyncPeriod, fullPeriod=config.syncPeriod,
@@ -285,6 +304,8 @@ class ProxyServer(MultiService):
             self.log.info("Stopping; open connections may go on for up to {seconds:g} s", seconds=seconds)
         self.notifier.stopping()
         self.health.stopping()
+        if self.checks is not None:
+            self.checks.stopping()
         self.addresses.stopService()
         for source in self.sources:
             await maybeDeferred(source.disownServiceParent)
@@ -343,6 +364,9 @@ class ProxyServer(MultiService):
         """
         gc.freeze()
         gc.set_threshold(*GC_THRESHOLDS)
+        if active.place != "nowhere":
+            self._kernel.apply()  # the first rules make the kernel track connections, where it did not yet
+            warnOfLocalPorts(nodePortsOf(self.cluster.latest))
         makers = [plugin.find(IWriterMaker, name) for name in plugin.names(IWriterMaker)]
         others = [(maker.name, lambda maker=maker: maker.make(self._reactor)) for maker in makers]
         self._leftovers = removeLeftovers(active, others)
@@ -366,6 +390,26 @@ class ProxyServer(MultiService):
 
     def _alive(self) -> bool:
         return self.syncer is None or self.syncer.outFor < STUCK_SECONDS
+
+
+def makeSources(reactor: Any, config: Config, channel: IChannel) -> Iterator[ISource]:
+    """
+    What the configuration names, in order; none is running.
+
+    :raise KproxyError: where one cannot be made.
+    """
+    for options in config.sources:
+        maker = plugin.find(ISourceMaker, options.type)
+        source: ISource = maker.make(
+            reactor, options.name, options, channel, nodeName=config.nodeName, proxyName=config.proxyName
+        )
+        yield source
+
+
+def writersOf(reactor: Any, config: Config) -> list[tuple[str, Callable[[], IRuleWriter]]]:
+    """By name, what makes each of the rule writers that the configuration lets choose from."""
+    names = AUTOMATIC_WRITERS if config.writer == "auto" else (config.writer,)
+    return [(name, partial(plugin.find(IWriterMaker, name).make, reactor)) for name in names]
 
 
 def makeProxyServer(reactor: Any, config: Config, environ: Mapping[str, str] = os.environ) -> ProxyServer:
