@@ -140,7 +140,7 @@ def runCleanup(
         _print("kproxy: cleanup needs root, or the capability CAP_NET_ADMIN: try again with sudo", sys.stderr)
         return 1
     if cleanup is None:
-        from .server import cleanup as removeAll
+        from .assembly import cleanup as removeAll
 
         cleanup = removeAll
     return _runUntilDone("cleanup", cleanup, reactor, "There was nothing of kproxy to remove.")
