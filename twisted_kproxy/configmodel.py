@@ -25,6 +25,7 @@ from .configvalues import (
     SERVER,
     SWITCH,
     TIMEOUT,
+    WORKERS,
     HostPort,
     Value,
     oneOf,
@@ -35,6 +36,7 @@ from .interfaces import KproxyError
 _NOT_BUILT = dict.fromkeys(("nftables", "iptables"), "is not built yet; use userspace")
 WRITERS = ("auto", "nftables", "python-iptables", "iptables", "iptables-legacy", "iptables-nft", "none")
 POLICIES = ("round-robin", "random", "least-connections")
+ENGINES = ("auto", "native", "python")
 SOURCE_TYPES = ("api", "files")
 
 
@@ -121,6 +123,10 @@ class Config(Struct, frozen=True):
     udpIdleTimeout: float = 30.0
     portRange: tuple[int, int] | None = None
     drainTimeout: float = 300.0
+    engine: str = "auto"
+    nativeThread: bool = False
+    workers: int = 1
+    accessLog: str = ""
     policy: str = "round-robin"
     conntrackSysctls: str = "auto"
     conntrackMaxPerCore: int = 32768
@@ -203,6 +209,10 @@ def schema(writers: Iterable[str] = (), policies: Iterable[str] = ()) -> dict[st
             Key("udp-idle-timeout", "udpIdleTimeout", POSITIVE_DURATION),
             Key("port-range", "portRange", PORT_RANGE),
             Key("drain-timeout", "drainTimeout", DURATION),
+            Key("engine", "engine", oneOf(ENGINES)),
+            Key("native-thread", "nativeThread", SWITCH),
+            Key("workers", "workers", WORKERS),
+            Key("access-log", "accessLog", PATH),
         ),
         "balance": (Key("policy", "policy", oneOf(policies)),),
         "conntrack": (

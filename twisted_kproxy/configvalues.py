@@ -224,6 +224,13 @@ def readPortRange(text: str) -> tuple[int, int] | None:
     return first, last
 
 
+def readWorkers(text: str) -> int:
+    """How many relay workers."""
+    if not re.fullmatch(r"\d{1,3}", text, re.ASCII) or not 1 <= int(text) <= 64:
+        raise ValueError("must be a number from 1 to 64; 1 for none beside the daemon itself")
+    return int(text)
+
+
 def readNodeName(text: str) -> str:
     """A Node's name; lower-cased, as kube-proxy does with ``--hostname-override``."""
     name = text.strip().lower()
@@ -292,6 +299,7 @@ NODE_PORT_ADDRESSES = Value(readNodePortAddresses, ", ".join)
 INTERFACE = Value(readInterface)
 BIND = Value(readBind, lambda value: "" if value is None else str(value))
 PORT_RANGE = Value(readPortRange, lambda value: "" if value is None else f"{value[0]}-{value[1]}")
+WORKERS = Value(readWorkers)
 NODE_NAME = Value(readNodeName)
 PROXY_NAME = Value(readProxyName)
 SWITCH = Value(readSwitch, lambda value: "yes" if value else "no")

@@ -237,14 +237,22 @@ class IRelay(Interface):
     ways, half-close both ways, a reset stays a reset.
     """
 
-    def relay(client: socket.socket, backend: socket.socket, early: bytes) -> Deferred[Outcome]:
+    name: str = Attribute("the name under which it is chosen")
+
+    def relay(
+        client: socket.socket, backend: socket.socket, early: bytes, ended: Callable[[Outcome], None]
+    ) -> Callable[[], None]:
         """
-        Take over two connected non-blocking sockets; the relay closes both.
+        Take over two connected non-blocking sockets; the relay closes both, and sees to it that keepalive probes find
+        a backend that has vanished.
 
         :param early: what was already read from the client, to be sent first.
-        :return: fires with an :class:`~twisted_kproxy.core.values.Outcome` when both are closed; never fails.
-            Cancelling it resets both.
+        :param ended: called once, when both are closed; perhaps before this returns.
+        :return: what resets both sides, at once or soon; harmless when they are closed.
         """
+
+    def stop() -> Deferred[None]:
+        """Let go of everything: what is still open is reset. Fires when processes and threads have ended."""
 
 
 class IProxier(Interface):

@@ -10,6 +10,7 @@ from typing import Any
 
 from twisted.internet.defer import Deferred, maybeDeferred
 
+from .assembly import makeSources, writersOf
 from .cluster import Cluster
 from .config import Config, nodeSettings
 from .core.rules import Ruleset
@@ -20,7 +21,6 @@ from .netfilter.node import primaryAddress
 from .netfilter.planning import rendered
 from .planner import Planner, PlanText
 from .redaction import redacted
-from .server import makeSources, writersOf
 from .userspace.redirect import planned, poolsOf, preferred
 
 #: so long sources may take to say what there is, in seconds

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from twisted.application.service import MultiService
@@ -19,30 +18,25 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from . import __version__, plugin
+from .assembly import Carriers, makeSources, writersOf
 from .balance.balancer import LoadBalancer
 from .balance.failures import EndpointFailures
 from .broadcast import Broadcast
 from .cluster import Cluster
 from .config import Config, conntrackSettings, effective, nodeSettings
 from .core.changes import Update
-from .core.values import Family, PoolName
+from .core.values import Family
 from .explainer import Explainer
 from .interfaces import (
     IBalancingPolicy,
-    IChannel,
     IDataplane,
     IEventRecorder,
-    ILoadBalancer,
     IPolicyMaker,
-    IProxier,
     IRuleWriter,
     ISource,
-    ISourceMaker,
     ISyncObserver,
-    ITrafficObserver,
     IWriterMaker,
     KproxyError,
-    NotAvailable,
 )
 from .metrics import LoopLag, Metrics
 from .netfilter.addresswatch import AddressWatch
@@ -59,21 +53,15 @@ from .sources.events import NoEvents
 from .syncer import Syncer
 from .systemd import Notifier
 from .userspace.dataplane import UserspaceDataplane
-from .userspace.dial import Dialer
-from .userspace.ports import Budget, PortRange, raiseLimit
-from .userspace.relay import SocketRelay
-from .userspace.tcp import TcpProxier
-from .userspace.udp import UdpProxier
+from .userspace.ports import PortRange
 from .web.healthcheck import HealthChecks
 from .web.site import Listener, makeSite
 from .web.status import HealthState, explainPage, healthPages, metricsPages, tree
 
-#: in order of preference; others are chosen by name only
-AUTOMATIC_WRITERS = ("nftables", "python-iptables", "iptables")
 #: an update that is out for longer means that the daemon is stuck: the watchdog is no longer fed
 STUCK_SECONDS = 120.0
-#: of the file descriptors for connections, what UDP flows may take
-UDP_SHARE = 0.5
+#: of the garbage collector: connections make many objects, and none that only it would find
+GC_THRESHOLDS = (50_000, 20, 50)
 
 
 @implementer(ISyncObserver)
@@ -148,6 +136,8 @@ class ProxyServer(MultiService):
         self.syncer: Syncer | None = None
         self._starting: Deferred[None] | None = None
         self._leftovers: Deferred[Any] | None = None
+        self._carriers: Carriers | None = None
+        self._rules: RulePlane | None = None
         self._makePages()
 
     # --- making
@@ -163,7 +153,7 @@ class ProxyServer(MultiService):
         self.metrics.watchSources(lambda: self.sources)
         self.metrics.watchProblems(self.cluster.problems)
         self.metrics.watchRefused(self.cluster.refused)
-        self.metrics.watchQuarantined(self.cluster.quarantined)
+        self.metrics.watchQuarantined(self._quarantined)
 
     def _makePages(self) -> None:
         config = self._config
@@ -208,36 +198,16 @@ class ProxyServer(MultiService):
     async def _chooseWriter(self) -> IRuleWriter:
         return await chooseWriter(writersOf(self._reactor, self._config))
 
-    def _makeDataplane(self, writer: IRuleWriter) -> IDataplane:
+    def _makeDataplane(self, writer: IRuleWriter, carriers: Carriers) -> IDataplane:
         config, reactor = self._config, self._reactor
-        rules = RulePlane(
+        rules = self._rules = RulePlane(
             reactor, writer, flows=Flows(reactor, observe=self.metrics.upkeep.looked),
             changedOutside=self._changedOutside,
             claim=NamespaceClaim() if writer.place != "nowhere" else None,
         )
-        self.metrics.watchQuarantined(
-            lambda: [
-                *self.cluster.quarantined(),
-                *({"kind": "ServicePort", "key": name, "reason": why} for name, why in rules.quarantined().items()),
-            ]
-        )
-        raiseLimit()
-        budget = self._budget = Budget(reactor)
-        forFlows = budget.share(UDP_SHARE)
-        dialer, relay = Dialer(reactor), SocketRelay(reactor)
-
-        def makeTcp(reactor: Any, pool: PoolName, balancer: ILoadBalancer, observer: ITrafficObserver) -> IProxier:
-            return TcpProxier(
-                reactor, pool, balancer, observer,
-                relay=relay, dialer=dialer, budget=budget, connectTimeouts=config.connectTimeouts,
-            )
-
-        def makeUdp(reactor: Any, pool: PoolName, balancer: ILoadBalancer, observer: ITrafficObserver) -> IProxier:
-            return UdpProxier(reactor, pool, balancer, observer, idleTimeout=config.udpIdleTimeout, budget=forFlows)
-
         return UserspaceDataplane(
             reactor, self.balancer, rules,
-            makeTcp=makeTcp, makeUdp=makeUdp, addressOf=primaryAddress, observer=self.failures,
+            makeTcp=carriers.makeTcp, makeUdp=carriers.makeUdp, addressOf=primaryAddress, observer=self.failures,
             ports=PortRange(*(config.portRange or (0, 0))),
         )
 
@@ -256,7 +226,8 @@ class ProxyServer(MultiService):
     async def _start(self) -> None:
         config = self._config
         writer = await self._chooseWriter()
-        dataplane = self._makeDataplane(writer)
+        carriers = self._carriers = Carriers(self._reactor, config)
+        dataplane = self._makeDataplane(writer, carriers)
         await dataplane.start()
         self.dataplane = dataplane
         if self._stopping:
@@ -265,7 +236,7 @@ class ProxyServer(MultiService):
             self._kernel.apply()
         self.checks = HealthChecks(
             self._reactor, config.nodeName, lambda: self.health.health().healthy, self.events,
-            budget=self._budget, answered=self.metrics.upkeep.answered,
+            budget=carriers.budget, answered=self.metrics.upkeep.answered,
         )
         self.metrics.upkeep.watchPorts(self.checks.counts)
         self.checks.setServiceParent(self)  # type: ignore[no-untyped-call]
@@ -310,6 +281,8 @@ class ProxyServer(MultiService):
                 await self.dataplane.stop(0 if self._cutting else seconds)
             except Exception:
                 self.log.failure("Stopping the dataplane failed; --cleanup removes what it may have left")
+        if self._carriers is not None:
+            await self._carriers.stop()
         await maybeDeferred(super().stopService)
         self.log.info("Stopped")
 
@@ -349,6 +322,7 @@ class ProxyServer(MultiService):
         reactor waiting, for some hundred milliseconds with thousands of Services. Garbage of later on is found as ever.
         """
         gc.freeze()
+        gc.set_threshold(*GC_THRESHOLDS)
         if active.place != "nowhere":
             self._kernel.apply()  # the first rules make the kernel track connections, where it did not yet
             warnOfLocalPorts(nodePortsOf(self.cluster.latest))
@@ -373,28 +347,16 @@ class ProxyServer(MultiService):
             )
             self.health.nodeChanged(None)
 
+    def _quarantined(self) -> list[dict[str, str]]:
+        """What is not in force as it is wanted: objects that cannot be read, service ports that have no rules."""
+        ports = self._rules.quarantined() if self._rules is not None else {}
+        return [
+            *self.cluster.quarantined(),
+            *({"kind": "ServicePort", "key": name, "reason": why} for name, why in ports.items()),
+        ]
+
     def _alive(self) -> bool:
         return self.syncer is None or self.syncer.outFor < STUCK_SECONDS
-
-
-def makeSources(reactor: Any, config: Config, channel: IChannel) -> Iterator[ISource]:
-    """
-    What the configuration names, in order; none is running.
-
-    :raise KproxyError: where one cannot be made.
-    """
-    for options in config.sources:
-        maker = plugin.find(ISourceMaker, options.type)
-        source: ISource = maker.make(
-            reactor, options.name, options, channel, nodeName=config.nodeName, proxyName=config.proxyName
-        )
-        yield source
-
-
-def writersOf(reactor: Any, config: Config) -> list[tuple[str, Callable[[], IRuleWriter]]]:
-    """By name, what makes each of the rule writers that the configuration lets choose from."""
-    names = AUTOMATIC_WRITERS if config.writer == "auto" else (config.writer,)
-    return [(name, partial(plugin.find(IWriterMaker, name).make, reactor)) for name in names]
 
 
 def makeProxyServer(reactor: Any, config: Config, environ: Mapping[str, str] = os.environ) -> ProxyServer:
@@ -404,38 +366,3 @@ def makeProxyServer(reactor: Any, config: Config, environ: Mapping[str, str] = o
     :raise KproxyError: see :class:`ProxyServer`.
     """
     return ProxyServer(reactor, config, environ)
-
-
-async def _cleanup(reactor: Any) -> list[str]:
-    said: list[str] = []
-    faults: list[str] = []
-    for name in plugin.names(IWriterMaker):
-        if name == "none":
-            continue
-        try:
-            writer: IRuleWriter = plugin.find(IWriterMaker, name).make(reactor)
-        except NotAvailable as error:
-            said.append(f"{name}: {error}")
-            continue
-        try:
-            await writer.probe()
-            said.append(f"{name}: {'rules removed' if await writer.cleanup() else 'nothing to remove'}")
-        except NotAvailable as error:
-            said.append(f"{name}: cannot have left anything here ({error})")
-        except KproxyError as error:
-            faults.append(f"{name}: {error}")
-        finally:
-            await writer.close()
-    if faults:
-        raise KproxyError("\n".join(faults + said))
-    return said
-
-
-def cleanup(reactor: Any) -> Deferred[list[str]]:
-    """
-    Remove every rule of ours, of every writer, and nothing else.
-
-    :return: fires with a line for each writer; fails with :class:`~twisted_kproxy.interfaces.KproxyError` where rules
-        could not be removed.
-    """
-    return Deferred.fromCoroutine(_cleanup(reactor))

@@ -24,6 +24,7 @@ from twisted.python.logfile import LogFile
 from . import __version__, logs, plugin
 from .config import ApiOptions, Config, InvalidConfig, checkFiles, load, render
 from .interfaces import IPolicyMaker, ISourceMaker, IWriterMaker, KproxyError
+from .reactor import installIfFree
 
 DEFAULT_CONFIG = "/etc/kproxy/kproxy.ini"
 CAP_NET_ADMIN = 12
@@ -55,6 +56,8 @@ class Options(usage.Options):
         raise SystemExit(0)
 
     def postOptions(self) -> None:
+        # Before anything imports a reactor: twistd --reactor has had its say by now.
+        installIfFree()
         chosen = [f"--{it}" for it in ("check", "plan", "cleanup") if self[it]]
         if len(chosen) > 1:
             raise usage.UsageError(f"{' and '.join(chosen)} exclude each other")
@@ -137,7 +140,7 @@ def runCleanup(
         _print("kproxy: cleanup needs root, or the capability CAP_NET_ADMIN: try again with sudo", sys.stderr)
         return 1
     if cleanup is None:
-        from .server import cleanup as removeAll
+        from .assembly import cleanup as removeAll
 
         cleanup = removeAll
     return _runUntilDone("cleanup", cleanup, reactor, "There was nothing of kproxy to remove.")

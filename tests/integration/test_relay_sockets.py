@@ -25,8 +25,9 @@ from twisted_kproxy.core.values import Endpoint, FrontendKey, PoolName, ServiceM
 from twisted_kproxy.interfaces import IRulePlane
 from twisted_kproxy.userspace.dataplane import UserspaceDataplane
 from twisted_kproxy.userspace.dial import Dialer
+from twisted_kproxy.userspace.engines.pairs import PairRelay
+from twisted_kproxy.userspace.engines.poller import Poller
 from twisted_kproxy.userspace.ports import Budget
-from twisted_kproxy.userspace.relay import SocketRelay
 from twisted_kproxy.userspace.tcp import TcpProxier
 
 
@@ -90,7 +91,8 @@ class UserspaceTests(TestCase):
         self.balancer = ScriptedBalancer()
         self.observer = RecordingObserver()
         self.budget = Budget(reactor)
-        relay, dialer = SocketRelay(reactor), Dialer(reactor)
+        poller = Poller(reactor)
+        relay, dialer = PairRelay(reactor, poller), Dialer(reactor, poller)
 
         def makeTcp(reactor: Any, pool: PoolName, balancer: Any, observer: Any) -> TcpProxier:
             return TcpProxier(reactor, pool, balancer, observer, relay=relay, dialer=dialer, budget=self.budget)

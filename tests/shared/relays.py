@@ -64,6 +64,19 @@ def tcpPair(buffers: int = 0) -> tuple[socket.socket, socket.socket]:
     return outer, inner
 
 
+class Relayed(Deferred[Outcome]):
+    """Fires with the outcome of a relayed connection; ``cut()`` cuts it."""
+
+    cut: Callable[[], None]
+
+
+def relayed(relay: Any, client: socket.socket, backend: socket.socket, early: bytes = b"") -> Relayed:
+    """Give two sockets to an engine."""
+    done = Relayed()
+    done.cut = relay.relay(client, backend, early, done.callback)
+    return done
+
+
 def reset(sock: socket.socket) -> None:
     """Close with a reset."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -127,13 +140,13 @@ class RelaySuite:
 
     # --- parts of scenarios
 
-    def connect(self, relay: Any, early: bytes = b"", buffers: int = 0) -> tuple[Any, Any, Deferred[Outcome]]:
+    def connect(self, relay: Any, early: bytes = b"", buffers: int = 0) -> tuple[Any, Any, Relayed]:
         """A relayed connection: the client, the backend, the outcome."""
         client, clientSide = tcpPair(buffers)
         backend, backendSide = tcpPair(buffers)
         for end in (client, backend):
             self.addCleanup(end.close)  # type: ignore[attr-defined]
-        return client, backend, relay.relay(clientSide, backendSide, early)
+        return client, backend, relayed(relay, clientSide, backendSide, early)
 
     def run_(self, *args: Any) -> Deferred[Any]:
         return inThread(self.reactor, *args)
@@ -338,13 +351,13 @@ class RelaySuite:
             backend.close()
             self.equal(await outcome, Outcome("done", len(early) + 4, 0))
 
-    async def test_cancelResetsBoth(self) -> None:
-        """Cancelling resets both sides at once; the outcome says so, and is no failure."""
+    async def test_cutResetsBoth(self) -> None:
+        """Cutting resets both sides; the outcome says so."""
         relay = self.makeRelay(self.reactor)
         client, backend, outcome = self.connect(relay)
         client.sendall(b"abc")
         self.equal(await self.run_(readExactly, backend, 3), b"abc")
-        outcome.cancel()
+        outcome.cut()
         self.equal(await outcome, Outcome("aborted", 3, 0))
         self.equal(await self.run_(ending, client), "reset")
         self.equal(await self.run_(ending, backend), "reset")
@@ -374,7 +387,7 @@ class RelaySuite:
         backend, backendSide = tcpPair()
         reset(client)
         reset(backend)
-        self.equal((await relay.relay(clientSide, backendSide, b"early")).reason.endswith("-reset"), True)
+        self.equal((await relayed(relay, clientSide, backendSide, b"early")).reason.endswith("-reset"), True)
 
     async def test_randomSegments(self) -> None:
         """
@@ -418,3 +431,139 @@ class RelaySuite:
             )
             self.equal((gotUp == up, gotDown == down), (True, True))
             self.equal(await outcome, Outcome("done", len(up), len(down)))
+
+
+class BulkSuite:
+    """Much at a time: where engines go another way than for a few bytes. Mix in beside :class:`RelaySuite`."""
+
+    reactor: Any
+
+    def makeRelay(self, reactor: Any) -> Any:
+        """The engine under test."""
+        raise NotImplementedError
+
+    def pipesInUse(self, relay: Any) -> int:
+        """How many pipes connections hold at the moment."""
+        raise NotImplementedError
+
+    connect = RelaySuite.connect
+    run_ = RelaySuite.run_
+    pause = RelaySuite.pause
+    equal = RelaySuite.equal
+
+    async def test_endRidesOnData(self) -> None:
+        """The end of a bulk transfer comes with its last bytes, for which there is no second event: it is not lost."""
+        relay = self.makeRelay(self.reactor)
+        for number in range(12):
+            size = (8 << 20) + number * 4099
+            client, backend, outcome = self.connect(relay)
+
+            def serve(backend: socket.socket = backend, size: int = size) -> None:
+                readExactly(backend, 3)
+                block = bytes(range(256)) * 4096
+                left = size
+                while left:
+                    left -= backend.send(memoryview(block)[: min(left, len(block))])
+                backend.close()
+
+            def ask(client: socket.socket = client) -> int:
+                client.sendall(b"get")
+                total = 0
+                while data := client.recv(1 << 20):
+                    total += len(data)
+                client.close()
+                return total
+
+            _, total = await gatherResults([self.run_(serve), self.run_(ask)])
+            self.equal(total, size)
+            self.equal(await outcome, Outcome("done", 3, size))
+        self.equal(self.pipesInUse(relay), 0)
+
+    async def test_bothWays(self) -> None:
+        """Much in both directions at once, through slow readers, arrives as it was."""
+        relay = self.makeRelay(self.reactor)
+        client, backend, outcome = self.connect(relay)
+        size = 24 << 20
+        up, down = random.Random(1).randbytes(size), random.Random(2).randbytes(size)
+
+        def write(sock: socket.socket, payload: bytes) -> None:
+            sock.sendall(payload)
+            sock.shutdown(socket.SHUT_WR)
+
+        def read(sock: socket.socket, seed: int) -> bytes:
+            rng = random.Random(seed)
+            digest = hashlib.sha256()
+            while data := sock.recv(rng.choice((1000, 65536, 1 << 20))):
+                digest.update(data)
+            return digest.digest()
+
+        _, _, gotUp, gotDown = await gatherResults(
+            [
+                self.run_(write, client, up), self.run_(write, backend, down),
+                self.run_(read, backend, 3), self.run_(read, client, 4),
+            ]
+        )
+        self.equal((gotUp == hashlib.sha256(up).digest(), gotDown == hashlib.sha256(down).digest()), (True, True))
+        self.equal(await outcome, Outcome("done", size, size))
+        self.equal(self.pipesInUse(relay), 0)
+
+    async def test_smallAfterBulk(self) -> None:
+        """A connection that has carried much is as quick as before with a few bytes."""
+        relay = self.makeRelay(self.reactor)
+        client, backend, outcome = self.connect(relay)
+        size = 6 << 20
+
+        def serve() -> None:
+            for _ in range(3):
+                readExactly(backend, 4)
+                backend.sendall(b"d" * size)
+                for _ in range(20):
+                    backend.sendall(readExactly(backend, 5))
+            readAll(backend)
+            backend.close()
+
+        def ask() -> bool:
+            good = True
+            for _ in range(3):
+                client.sendall(b"much")
+                good &= readExactly(client, size) == b"d" * size
+                for _ in range(20):
+                    client.sendall(b"small")
+                    good &= readExactly(client, 5) == b"small"
+            client.shutdown(socket.SHUT_WR)
+            return good and readAll(client) == b""
+
+        _, good = await gatherResults([self.run_(serve), self.run_(ask)])
+        self.equal(good, True)
+        self.equal(await outcome, Outcome("done", 3 * 104, 3 * (size + 100)))
+        self.equal(self.pipesInUse(relay), 0)
+
+    async def test_endsInTheMiddle(self) -> None:
+        """Whoever goes while bytes are on their way, in a pipe as well: nothing of it goes to anybody else."""
+        relay = self.makeRelay(self.reactor)
+        await self.pause(0)
+        before = descriptors()
+
+        def push(sock: socket.socket) -> None:
+            try:
+                for _ in range(2000):
+                    sock.sendall(b"x" * 65536)
+            except OSError:
+                pass
+
+        for number in range(6):
+            client, backend, outcome = self.connect(relay)
+            pushing = self.run_(push, backend)
+            await self.run_(readExactly, client, 3 << 20)
+            if number % 3 == 0:
+                reset(client)
+            elif number % 3 == 1:
+                outcome.cut()
+            else:
+                client.close()
+            self.equal((await outcome).reason in ("client-reset", "aborted"), True)
+            await pushing
+            client.close()
+            backend.close()
+            self.equal(self.pipesInUse(relay), 0)
+        self.equal(descriptors() <= before + getattr(self, "pooled", 0), True)

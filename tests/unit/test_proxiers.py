@@ -11,8 +11,9 @@ from tests.shared.proxiers import ProxierSuite
 from twisted_kproxy.core.values import PoolName
 from twisted_kproxy.interfaces import ILoadBalancer, ITrafficObserver
 from twisted_kproxy.userspace.dial import Dialer
+from twisted_kproxy.userspace.engines.pairs import PairRelay
+from twisted_kproxy.userspace.engines.poller import Poller
 from twisted_kproxy.userspace.ports import Budget
-from twisted_kproxy.userspace.relay import SocketRelay
 from twisted_kproxy.userspace.tcp import TcpProxier
 from twisted_kproxy.userspace.udp import UdpProxier
 
@@ -25,13 +26,14 @@ class TcpProxierSuiteTests(ProxierSuite, TestCase):
     protocol = "TCP"
 
     def makeProxier(self, pool: PoolName, balancer: ILoadBalancer, observer: ITrafficObserver) -> TcpProxier:
+        poller = Poller(reactor)
         return TcpProxier(
             reactor,
             pool,
             balancer,
             observer,
-            relay=SocketRelay(reactor),
-            dialer=Dialer(reactor),
+            relay=PairRelay(reactor, poller),
+            dialer=Dialer(reactor, poller),
             budget=Budget(reactor),
         )
 

@@ -8,10 +8,7 @@ import socket
 from typing import Any
 
 from twisted.internet import reactor
-from twisted.internet.defer import Deferred
-from twisted.internet.error import ConnectionLost
 from twisted.internet.task import Clock, deferLater
-from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 from zope.interface.verify import verifyObject
 
@@ -26,8 +23,9 @@ from tests.shared.relays import PATIENCE, descriptors, ending, readAll, reset, t
 from twisted_kproxy.core.values import Endpoint, Outcome, PoolName, ServicePortName
 from twisted_kproxy.interfaces import IProxierFactory
 from twisted_kproxy.userspace.dial import Deadlines, Dial, Dialer, established
+from twisted_kproxy.userspace.engines.pairs import PairRelay
+from twisted_kproxy.userspace.engines.poller import LAST, OUTPUT, Poller
 from twisted_kproxy.userspace.ports import Budget
-from twisted_kproxy.userspace.relay import SocketRelay
 from twisted_kproxy.userspace.sockets import openListener
 from twisted_kproxy.userspace.tcp import ListeningPort, TcpProxier
 
@@ -64,13 +62,14 @@ class TcpTestCase(ProxierParts, TestCase):
 
     def makeProxier(self, pool: PoolName, balancer: Any, observer: Any) -> TcpProxier:
         self.budget = Budget(reactor, self.limit)
-        self.dialer = Dialer(reactor)
+        poller = Poller(reactor)
+        self.dialer = Dialer(reactor, poller)
         return TcpProxier(
             reactor,
             pool,
             balancer,
             observer,
-            relay=SocketRelay(reactor),
+            relay=PairRelay(reactor, poller),
             dialer=self.dialer,
             budget=self.budget,
             connectTimeouts=self.connectTimeouts,
@@ -245,7 +244,7 @@ class DialingTests(TcpTestCase):
                     raise OSError(errno.EADDRNOTAVAIL, os.strerror(errno.EADDRNOTAVAIL))
                 return super().dial(*args)
 
-        real.dialer = Spent(reactor)
+        real.dialer = Spent(reactor, real.poller)
         self.assertEqual(await self.ask(self.client(real)), b"hello")
         self.assertEqual([reason for _, reason in self.observer.misses], ["limit"])
         self.assertFalse(self.budget.paused)
@@ -270,11 +269,11 @@ class AcceptingTests(TcpTestCase):
     """The listening socket."""
 
     async def test_tuning(self) -> None:
-        """Both sides of a connection have no Nagle delay, and keepalive after 60 s, 4 times 15 s apart."""
+        """Neither side has a Nagle delay; the client's has keepalive after 60 s, 4 times 15 s apart."""
         seen: list[list[int]] = []
 
-        class Looking(SocketRelay):
-            def relay(self, client: socket.socket, backend: socket.socket, early: bytes) -> Deferred[Outcome]:
+        class Looking(PairRelay):
+            def relay(self, client: socket.socket, backend: socket.socket, early: bytes, ended: Any) -> Any:
                 for sock in (client, backend):
                     seen.append(
                         [
@@ -287,13 +286,15 @@ class AcceptingTests(TcpTestCase):
                             os.get_blocking(sock.fileno()),
                         ]
                     )
-                return super().relay(client, backend, early)
+                return super().relay(client, backend, early, ended)
 
         backend = self.backend()
         proxier = self.listening(backend.endpoint)
         proxier.relay = Looking(reactor)
         await self.ask(self.client(proxier))
-        self.assertEqual(seen, [[1, 1, 60, 15, 4, False, False]] * 2)
+        self.assertEqual(seen[0], [1, 1, 60, 15, 4, False, False])
+        # That of the backend comes later, with those connections that last.
+        self.assertEqual((seen[1][:2], seen[1][5:]), ([1, 0], [False, False]))
 
     async def test_stopKeepsConnections(self) -> None:
         """After stopListening() what is open goes on; drained() fires when the last one has ended."""
@@ -451,8 +452,8 @@ class AcceptErrorTests(SynchronousTestCase):
             POOL,
             ScriptedBalancer(),
             self.observer,
-            relay=SocketRelay(self.reactor),
-            dialer=Dialer(self.reactor),
+            relay=PairRelay(self.reactor),
+            dialer=Dialer(self.reactor, Poller(self.reactor)),
             budget=self.budget,
         )
         self.proxier.listen()
@@ -464,7 +465,9 @@ class AcceptErrorTests(SynchronousTestCase):
         test = self
 
         class Scripted:
-            def accept(self) -> Any:
+            family = socket.AF_INET
+
+            def _accept(self) -> Any:
                 number = test.script.pop(0) if test.script else errno.EAGAIN
                 raise OSError(number, os.strerror(number))
 
@@ -534,7 +537,7 @@ class DialTests(SynchronousTestCase):
 
     def setUp(self) -> None:
         self.reactor = _Reactor()
-        self.dialer = Dialer(self.reactor)
+        self.dialer = Dialer(self.reactor, Poller(self.reactor))
         self.connected: list[socket.socket] = []
         self.failed: list[int] = []
         hole = BlackHole()
@@ -581,7 +584,7 @@ class DialTests(SynchronousTestCase):
         dial = self.dialer.dial(self.hole, 1.0, self)
         dial.cancel()
         dial.cancel()
-        dial.doWrite()
+        dial.event(OUTPUT)
         self.assertEqual((self.reactor.writers, self.reactor.getDelayedCalls()), (set(), []))
         self.assertEqual((self.connected, self.failed, descriptors()), ([], [], before))
 
@@ -589,11 +592,10 @@ class DialTests(SynchronousTestCase):
         """An event that was meant for an earlier socket of the same number decides nothing."""
         dial = self.dialer.dial(self.hole, 1.0, self)
         self.addCleanup(dial.cancel)
-        dial.doWrite()
-        self.reactor.removeWriter(dial)
-        dial.connectionLost(Failure(ConnectionLost()))
+        dial.event(OUTPUT)
+        dial.event(OUTPUT | LAST)
         self.assertEqual((self.connected, self.failed), ([], []))
-        self.assertIn(dial, self.reactor.writers)
+        self.assertEqual(len(self.reactor.readers), 1)
 
     def test_connectsToItself(self) -> None:
         """A socket that TCP's simultaneous open has connected to itself counts as refused."""

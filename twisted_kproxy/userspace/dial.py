@@ -1,4 +1,4 @@
-"""Connecting to endpoints: raw non-blocking sockets in the reactor, any number in parallel, one timer for all."""
+"""Connecting to endpoints: raw non-blocking sockets, any number in parallel, one timer for all."""
 
 from __future__ import annotations
 
@@ -6,12 +6,9 @@ import errno
 import socket
 from typing import Any, Protocol
 
-from twisted.internet.interfaces import IWriteDescriptor
-from twisted.python.failure import Failure
-from zope.interface import implementer
-
 from ..core.values import Endpoint
-from .sockets import EXHAUSTED, familyOf, markOwn, pendingError, resetClose, tune
+from .engines.poller import Poller
+from .sockets import EXHAUSTED, familyOf, markOwn, openSocket, pendingError, resetClose
 
 _REASONS = {
     errno.ECONNREFUSED: "refused",
@@ -29,6 +26,13 @@ _REASONS = {
     errno.EADDRNOTAVAIL: "limit",
     **dict.fromkeys(EXHAUSTED, "limit"),
 }
+
+
+#: Ports that the kernel may give to a socket that dials: by default from 32768 on, and seldom below this.
+_EPHEMERAL = 10000
+_STREAM = int(socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+#: Endpoints whose addresses are kept ready.
+_WAYS = 10000
 
 
 def reasonOf(number: int | None) -> str:
@@ -93,10 +97,10 @@ class Deadlines:
             dial.expired()
 
 
-@implementer(IWriteDescriptor)
 class Dial:
     """
-    One attempt to connect, registered with the reactor until it is decided.
+    One attempt to connect, watched until it is decided. A socket that is handed over is still watched: its new owner
+    takes its events from then on, or releases it.
 
     :ivar socket: connected, for the caller to take over, when :meth:`Dialer.dial` could finish at once.
     """
@@ -113,60 +117,72 @@ class Dial:
     def cancel(self) -> None:
         """Give up; the owner hears nothing. Harmless when it is over."""
         if self._finish() is not None:
-            self.socket.close()
+            self._close()
 
     def expired(self) -> None:
         """Its time is over."""
         owner = self._finish()
         if owner is not None:
-            self.socket.close()
+            self._close()
             owner.dialFailed(errno.ETIMEDOUT)
 
-    def doWrite(self) -> None:
-        """The socket is writable: it is connected, or has failed."""
+    def event(self, events: int) -> None:
+        """The socket is connected, or has failed; what it was only the socket knows."""
         if self._owner is None:
             return
         number = established(self.socket)
         if number == errno.EINPROGRESS:
             # An event meant for an earlier socket of the same number.
-            self._dialer.reactor.addWriter(self)
             return
         owner = self._finish()
         if owner is None:
             return
         if number:
-            _discard(self.socket, number)
+            self._close(number)
             owner.dialFailed(number)
         else:
             owner.dialConnected(self.socket)
 
-    def connectionLost(self, reason: Failure) -> None:
-        """poll and epoll report a failed connect as a hang-up; the socket knows what it was."""
-        self.doWrite()
-
-    def fileno(self) -> int:
-        return self.socket.fileno()
-
-    def logPrefix(self) -> str:
-        return "dial"
-
     def _finish(self) -> Dialing | None:
         owner, self._owner = self._owner, None
         if owner is not None:
-            self._dialer.reactor.removeWriter(self)
             self._dialer.deadlines.remove(self, self.timeout)
         return owner
+
+    def _close(self, number: int | None = None) -> None:
+        self._dialer.poller.closing(self.socket.fileno())
+        _discard(self.socket, number)
+
+
+class _Way:
+    """
+    What connecting to an endpoint needs.
+
+    :raise OSError: where the address is none: Python would ask the resolver, and wait for it.
+    """
+
+    __slots__ = ("address", "family", "mayBeItself")
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        family = familyOf(endpoint.address)
+        socket.inet_pton(family, endpoint.address)
+        self.family = int(family)
+        self.address = (endpoint.address, endpoint.port)
+        self.mayBeItself = endpoint.port >= _EPHEMERAL
 
 
 class Dialer:
     """
     Opens connections to endpoints.
 
-    :param reactor: provides IReactorFDSet and IReactorTime.
+    :param reactor: provides IReactorTime.
+    :param poller: watches the sockets.
     """
 
-    def __init__(self, reactor: Any) -> None:
+    def __init__(self, reactor: Any, poller: Poller) -> None:
         self.reactor = reactor
+        self.poller = poller
+        self._ways: dict[Endpoint, _Way] = {}
         self.deadlines = Deadlines(reactor)
 
     def dial(self, endpoint: Endpoint, timeout: float, owner: Dialing) -> Dial:
@@ -177,22 +193,24 @@ class Dialer:
         :return: with ``connected`` set where that was done at once (the owner is not called then).
         :raise OSError: where it failed at once.
         """
-        family = familyOf(endpoint.address)
-        # Python would ask the resolver, and wait for it, for whatever is no address.
-        socket.inet_pton(family, endpoint.address)
-        sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        way = self._ways.get(endpoint)
+        if way is None:
+            if len(self._ways) >= _WAYS:
+                self._ways.clear()
+            way = self._ways[endpoint] = _Way(endpoint)
+        sock = openSocket(way.family, _STREAM)
         try:
-            tune(sock)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             markOwn(sock)
-            number = sock.connect_ex((endpoint.address, endpoint.port))
-            if number in (0, errno.EINPROGRESS):
+            number = sock.connect_ex(way.address)
+            if number == errno.EINPROGRESS or not number:
                 # On this node the handshake is over by the time that connect() returns.
-                number = established(sock)
+                number = established(sock, way.mayBeItself)
             if number not in (0, errno.EINPROGRESS):
                 raise OSError(number, errno.errorcode.get(number, str(number)))
             dial = Dial(self, sock, owner, timeout)
             if number:
-                self.reactor.addWriter(dial)
+                self.poller.watch(sock.fileno(), dial.event)
                 self.deadlines.add(dial, timeout)
             else:
                 dial.connected = True
@@ -202,9 +220,11 @@ class Dialer:
         return dial
 
 
-def established(sock: socket.socket) -> int:
+def established(sock: socket.socket, mayBeItself: bool = True) -> int:
     """
     How a connect stands: 0 when it is done, EINPROGRESS while it is not, else why it failed.
+
+    :param mayBeItself: a port of the ephemeral range is dialed.
 
     A port of the ephemeral range where nobody listens may be given to the very socket that dials it: TCP's
     simultaneous open (RFC 9293, 3.5) then connects it to itself. That is a refusal.
@@ -215,7 +235,7 @@ def established(sock: socket.socket) -> int:
         if error.errno != errno.ENOTCONN:
             return error.errno or errno.EBADF
         return pendingError(sock) or errno.EINPROGRESS
-    return errno.ECONNREFUSED if peer == sock.getsockname() else 0
+    return errno.ECONNREFUSED if mayBeItself and peer == sock.getsockname() else 0
 
 
 def _discard(sock: socket.socket, number: int | None) -> None:

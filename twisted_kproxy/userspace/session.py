@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
-
-from twisted.internet.defer import Deferred
-from twisted.internet.error import ConnectionDone, ConnectionLost
-from twisted.internet.interfaces import IReadDescriptor
-from twisted.python.failure import Failure
-from zope.interface import implementer
 
 from ..core.values import Endpoint, Outcome
 from ..interfaces import NoEndpoint
+from .accesslog import AccessLog, hostPort, originalDestination
 from .dial import Dial, reasonOf
+from .engines.poller import INPUT
 from .sockets import EXHAUSTED, resetClose
 
 if TYPE_CHECKING:
@@ -32,7 +29,6 @@ class AcceptedSocket:
         self.socket = sock
 
 
-@implementer(IReadDescriptor)
 class Session:
     """
     One accepted connection: dialing, then relaying, then closed.
@@ -41,23 +37,25 @@ class Session:
     """
 
     __slots__ = (
-        "_attempt", "_client", "_dial", "_early", "_endpoint", "_failed", "_proxier", "_reading", "_reason",
-        "_relayed", "_socket", "_started",
+        "_address", "_attempt", "_connected", "_cut", "_dial", "_early", "_endpoint", "_failed", "_frontend",
+        "_proxier", "_reason", "_socket", "_started",
     )  # fmt: skip
 
     _socket: socket.socket
     _endpoint: Endpoint
 
-    def __init__(self, proxier: TcpProxier, client: str) -> None:
+    def __init__(self, proxier: TcpProxier, address: tuple[Any, ...]) -> None:
+        """:param address: the client's socket address."""
         self._proxier = proxier
-        self._client = client
+        self._address = address
+        self._frontend = ""
+        self._connected: float | None = None
         self._attempt = 0
         self._failed: tuple[Endpoint, ...] = ()
         self._reason = "error"
         self._dial: Dial | None = None
-        self._relayed: Deferred[Outcome] | None = None
+        self._cut: Callable[[], None] | None = None
         self._early = b""
-        self._reading = False
         self._started = 0.0
 
     def makeConnection(self, transport: AcceptedSocket) -> None:
@@ -69,8 +67,8 @@ class Session:
 
     def abort(self) -> None:
         """Reset both sides."""
-        if self._relayed is not None:
-            self._relayed.cancel()
+        if self._cut is not None:
+            self._cut()
         else:
             self._refuse()
 
@@ -83,6 +81,7 @@ class Session:
         except Exception:
             self._proxier.log.failure("A connection of {pool} to {endpoint} is cut.", pool=str(self._proxier.pool),
                                       endpoint=str(self._endpoint))  # fmt: skip
+            self._proxier.poller.closing(sock.fileno())
             resetClose(sock)
             self._refuse()
 
@@ -98,7 +97,7 @@ class Session:
             while self._attempt < len(proxier.connectTimeouts):
                 timeout = proxier.connectTimeouts[self._attempt]
                 self._attempt += 1
-                self._endpoint = proxier.balancer.nextEndpoint(proxier.pool, self._client, self._failed)
+                self._endpoint = proxier.balancer.nextEndpoint(proxier.pool, self._address[0], self._failed)
                 try:
                     dial = proxier.dialer.dial(self._endpoint, timeout, self)
                 except OSError as error:
@@ -109,7 +108,7 @@ class Session:
                     self.dialConnected(dial.socket)
                 else:
                     self._dial = dial
-                    self._startReading()
+                    proxier.poller.watch(self._socket.fileno(), self.event)
                 return
         except NoEndpoint:
             self._refuse("no-endpoint")
@@ -134,16 +133,15 @@ class Session:
 
     def _relay(self, backend: socket.socket) -> None:
         proxier = self._proxier
-        self._stopReading()
         endpoint = self._endpoint
         early, self._early = self._early, b""
         proxier.opened += 1
         proxier.balancer.opened(proxier.pool, endpoint)
-        proxier.observer.opened(proxier.pool, endpoint, proxier.reactor.seconds() - self._started)
-        relayed = proxier.relay.relay(self._socket, backend, early)
-        self._relayed = relayed
-        relayed.addCallback(self._relayEnded)
-        relayed.addErrback(self._unexpected)
+        self._connected = proxier.reactor.seconds() - self._started
+        proxier.observer.opened(proxier.pool, endpoint, self._connected)
+        if proxier.accessLog is not None:
+            self._frontend = originalDestination(self._socket)
+        self._cut = proxier.relay.relay(self._socket, backend, early, self._relayEnded)
 
     def _relayEnded(self, outcome: Outcome) -> None:
         proxier = self._proxier
@@ -151,62 +149,32 @@ class Session:
         try:
             proxier.balancer.closed(proxier.pool, self._endpoint)
             proxier.observer.closed(proxier.pool, self._endpoint, outcome)
-        finally:
-            proxier.tellDrained()
-
-    def _unexpected(self, failure: Failure) -> None:
-        self._proxier.log.failure("After a connection of {pool} had ended.", failure, pool=str(self._proxier.pool))
+            if proxier.accessLog is not None:
+                self._log(proxier.accessLog, outcome)
+        except Exception:
+            proxier.log.failure("After a connection of {pool} had ended.", pool=str(proxier.pool))
+        proxier.tellDrained()
 
     # --- the client meanwhile
 
-    def doRead(self) -> None:
-        try:
-            data = self._socket.recv(_EARLY - len(self._early))
-        except BlockingIOError:
+    def event(self, events: int) -> None:
+        """The client, whose endpoint is being dialed, has said something, or is gone."""
+        if self._dial is None or not events & INPUT:
             return
-        except OSError:
-            self._clientGone()
-            return
-        if data:
+        while len(self._early) < _EARLY:
+            try:
+                data = self._socket.recv(_EARLY - len(self._early))
+            except BlockingIOError:
+                return
+            except OSError:
+                self._refuse("client-gone")
+                return
+            if not data:
+                # It may have asked, and wait for the answer: then the relay will find the end again and pass it on.
+                if not self._early:
+                    self._refuse("client-gone")
+                return
             self._early += data
-            if len(self._early) >= _EARLY:
-                self._stopReading()
-        elif self._early:
-            # It has asked and waits for the answer. The relay will find the end again and pass it on.
-            self._stopReading()
-        else:
-            self._clientGone()
-
-    def connectionLost(self, reason: Failure) -> None:
-        """The reactor has unregistered us: it saw a hang-up with nothing to read, or something raised."""
-        self._stopReading()
-        if self._dial is None:
-            return
-        if not isinstance(reason.value, (ConnectionDone, ConnectionLost)):
-            self._refuse()
-            return
-        # The socket knows better: it may have been meant for an earlier one of the same number.
-        self._startReading()
-        self.doRead()
-
-    def fileno(self) -> int:
-        return self._socket.fileno()
-
-    def logPrefix(self) -> str:
-        return "session"
-
-    def _startReading(self) -> None:
-        if not self._reading and len(self._early) < _EARLY:
-            self._reading = True
-            self._proxier.reactor.addReader(self)
-
-    def _stopReading(self) -> None:
-        if self._reading:
-            self._reading = False
-            self._proxier.reactor.removeReader(self)
-
-    def _clientGone(self) -> None:
-        self._refuse("client-gone")
 
     def _refuse(self, reason: str = "") -> None:
         """
@@ -217,9 +185,22 @@ class Session:
         if self._dial is not None:
             self._dial.cancel()
             self._dial = None
-        self._stopReading()
+        proxier = self._proxier
+        if proxier.accessLog is not None:
+            self._frontend = originalDestination(self._socket)
+            self._log(proxier.accessLog, Outcome(reason or "aborted", 0, 0))
+        proxier.poller.closing(self._socket.fileno())
         resetClose(self._socket)
-        self._proxier.sessionEnded(self)
+        proxier.sessionEnded(self)
         if reason:
-            self._proxier.observer.failed(self._proxier.pool, reason)
-        self._proxier.tellDrained()
+            proxier.observer.failed(proxier.pool, reason)
+        proxier.tellDrained()
+
+    def _log(self, log: AccessLog, outcome: Outcome) -> None:
+        proxier = self._proxier
+        log.ended(
+            proxier.pool, hostPort(*self._address[:2]), self._frontend,
+            self._endpoint if self._connected is not None else None,
+            tries=self._attempt, connect=self._connected, total=proxier.reactor.seconds() - self._started,
+            outcome=outcome,
+        )  # fmt: skip

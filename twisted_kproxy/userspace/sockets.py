@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _socket
 import errno
 import select
 import socket
@@ -14,6 +15,7 @@ from ..core.rules import PROXY_MARK
 from ..core.values import Family
 
 _log = Logger()
+_PlainSocket = _socket.socket
 
 #: Of a listening TCP socket; the kernel takes the smaller of this and ``net.core.somaxconn``.
 BACKLOG = 4096
@@ -25,14 +27,21 @@ _FAMILIES: dict[Family, socket.AddressFamily] = {"IPv4": socket.AF_INET, "IPv6":
 _WILDCARDS: dict[Family, str] = {"IPv4": "0.0.0.0", "IPv6": "::"}
 
 # A side that vanished without a word is found out after 60 + 4 * 15 seconds.
-_TUNING = (
-    (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
+_KEEPALIVE = (
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
     (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60),
     (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 15),
     (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4),
 )
 _LINGER_ZERO = struct.pack("ii", 1, 0)
+
+
+def openSocket(*arguments: int) -> socket.socket:
+    """
+    A socket without what the class of the standard library adds to that of the interpreter (``makefile()``,
+    enumerations): making one takes half of the time. ``openSocket(family, kind, protocol, descriptor)``.
+    """
+    return _PlainSocket(*arguments)  # type: ignore[return-value]
 
 
 def familyOf(address: str) -> socket.AddressFamily:
@@ -45,10 +54,13 @@ def wildcard(family: Family) -> str:
     return _WILDCARDS[family]
 
 
-def tune(sock: socket.socket) -> None:
-    """No Nagle delay; keepalive probes after 60 s of silence, 4 of them, 15 s apart."""
-    for level, option, value in _TUNING:
-        sock.setsockopt(level, option, value)
+def keepAlive(sock: socket.socket) -> None:
+    """Keepalive probes after 60 s of silence, 4 of them, 15 s apart. Never raises."""
+    try:
+        for level, option, value in _KEEPALIVE:
+            sock.setsockopt(level, option, value)
+    except OSError:
+        pass  # It is dead already.
 
 
 class _Marking:
@@ -80,7 +92,8 @@ def openListener(family: Family, port: int) -> socket.socket:
     """
     A listening, non-blocking TCP socket on every address of the family.
 
-    On Linux an accepted socket inherits what :func:`tune` sets, so it is set once here and never per connection.
+    No Nagle delay, and keepalive: on Linux an accepted socket inherits both, so they are set once here and never per
+    connection.
 
     :raise OSError: when that cannot be; nothing is left open.
     """
@@ -90,7 +103,8 @@ def openListener(family: Family, port: int) -> socket.socket:
         if family == "IPv6":
             # The other family has a socket of its own, perhaps on the same port.
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        tune(sock)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        keepAlive(sock)
         sock.bind((_WILDCARDS[family], port))
         sock.listen(BACKLOG)
     except BaseException:

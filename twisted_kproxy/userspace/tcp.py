@@ -24,13 +24,15 @@ from ..interfaces import (
     IRelay,
     ITrafficObserver,
 )
+from .accesslog import AccessLog
 from .dial import Dialer
 from .ports import Budget
 from .session import AcceptedSocket, Session
-from .sockets import BACKLOG, openListener, resetClose, wildcard
+from .sockets import BACKLOG, openListener, openSocket, wildcard
 
 #: Descriptors of one proxied connection.
 _PAIR = 2
+_STREAM = int(socket.SOCK_STREAM)
 #: Connections accepted per event, and cut per turn of the reactor.
 _ACCEPTS = 32
 _LAST_ACCEPTS = 512
@@ -95,7 +97,10 @@ class ListeningPort(Port):
         self._accept(_ACCEPTS)
 
     def _accept(self, limit: int) -> None:
-        budget, listener = self._budget, self.socket
+        budget, proxier = self._budget, self._proxier
+        # What accept() of the standard library does beside is not for us.
+        accept = self.socket._accept  # type: ignore[attr-defined]
+        family = int(self.socket.family)
         for _ in range(limit):
             # Whoever hears of the last connection may have closed this port.
             if budget.paused or not self.connected:
@@ -104,7 +109,7 @@ class ListeningPort(Port):
                 budget.exhausted("all file descriptors of the dataplane are in use")
                 return
             try:
-                sock, address = listener.accept()
+                fd, address = accept()
             except OSError as error:
                 budget.give(_PAIR)
                 if isinstance(error, BlockingIOError):
@@ -114,15 +119,9 @@ class ListeningPort(Port):
                     budget.exhausted(f"accept() says {error}")
                     return
                 continue
-            try:
-                sock.setblocking(False)
-                session = self._proxier.buildProtocol(self._buildAddr(address))  # type: ignore[no-untyped-call]
-            except Exception:
-                self.log.failure("A connection to port {port} is closed.", port=self.port)
-                resetClose(sock)
-                budget.give(_PAIR)
-                continue
-            session.makeConnection(self.transport(sock))
+            sock = openSocket(family, _STREAM, 0, fd)
+            sock.setblocking(False)
+            Session(proxier, address).makeConnection(self.transport(sock))
 
     def _logConnectionLostMsg(self) -> None:
         """Thousands of ports open and close here; the dataplane logs what matters."""
@@ -152,6 +151,7 @@ class TcpProxier(ServerFactory):
         dialer: Dialer,
         budget: Budget,
         connectTimeouts: Sequence[float] = (0.25, 0.5, 1.0, 2.0),
+        accessLog: AccessLog | None = None,
     ) -> None:
         self.reactor = reactor
         self.pool = pool
@@ -160,8 +160,10 @@ class TcpProxier(ServerFactory):
         self.observer = observer
         self.relay = relay
         self.dialer = dialer
+        self.poller = dialer.poller
         self.budget = budget
         self.connectTimeouts = tuple(connectTimeouts)
+        self.accessLog = accessLog
         self.opened = 0
         self._listening: ListeningPort | None = None
         # A dict for its order: cut oldest first.
@@ -224,7 +226,8 @@ class TcpProxier(ServerFactory):
     # --- IProtocolFactory
 
     def buildProtocol(self, addr: IAddress) -> Session:  # type: ignore[override]
-        return Session(self, addr.host)  # type: ignore[attr-defined]
+        """For connections that come from elsewhere than :class:`ListeningPort`, which makes its sessions itself."""
+        return Session(self, (addr.host, addr.port))  # type: ignore[attr-defined]
 
     # --- what sessions tell
 

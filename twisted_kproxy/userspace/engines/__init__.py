@@ -1,0 +1,1 @@
+"""What carries bytes between two connected sockets: one module per engine, each an ``IRelay``."""

@@ -1,0 +1,443 @@
+"""
+The engine that works everywhere: raw sockets, edge-triggered, no transport objects.
+
+Each side of a connection is one small object. What is read from one side is sent to the other at once; only what the
+kernel does not take waits, and nothing more is read meanwhile: at most one block of 64 KiB (and what came early), or
+what a pipe holds, is ever kept per direction. A direction that carries much goes through a pipe without being copied
+(:mod:`.splice`).
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+from collections.abc import Callable
+from typing import Any
+
+from twisted.internet.defer import Deferred, succeed
+from zope.interface import implementer
+
+from ...core.values import Outcome
+from ...interfaces import IRelay
+from ..sockets import isDead, keepAlive, pendingError, resetClose
+from .poller import ERROR, INPUT, LAST, OUTPUT, Poller
+from .splice import CHUNK, Pipe, Pipes, Splice, findSplice
+
+#: The most that is read, and held, at a time.
+BLOCK = 65536
+#: Blocks per event: a bulk flow must not starve its neighbours.
+READS = 8
+#: Full blocks after which a direction goes through a pipe.
+FULL = 2
+#: Bytes per event through a pipe.
+PIPED = 4 << 20
+_SWEEP = 15.0
+#: the way to call splice(2) here
+SPLICE = findSplice()
+_VANISHED = frozenset({errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN, errno.ENETDOWN})
+
+
+class _Half:
+    """
+    One side of a connection.
+
+    :ivar peer: the other side; what is read here is sent there.
+    :ivar pending: what the kernel did not take of what is meant for this side.
+    :ivar pipe: what is read here goes through this one.
+    :ivar count: bytes that were read here and handed to the kernel on the other side.
+    :ivar last: no event will tell of what is left to read here: read on until the end.
+    :ivar ended: nothing more will be read here.
+    :ivar shut: this side was told that nothing more comes.
+    :ivar error: the error number with which this side stopped taking bytes; 0 while it takes them.
+    """
+
+    __slots__ = (
+        "count", "ended", "error", "last", "name", "pair", "peer", "pending", "pipe", "shut", "socket"
+    )  # fmt: skip
+
+    peer: _Half
+
+    def __init__(self, pair: _Pair, sock: socket.socket, name: str) -> None:
+        self.pair = pair
+        self.socket = sock
+        self.name = name
+        self.pending = b""
+        self.pipe: Pipe | None = None
+        self.count = 0
+        self.error = 0
+        self.last = self.ended = self.shut = False
+
+    # --- what the poller calls
+
+    def event(self, events: int) -> None:
+        """Something about this side is new."""
+        try:
+            if events & OUTPUT and (self.pending or self.peer.pipe is not None):
+                self.flush()
+            if events & INPUT and self.pair.open:
+                if events & LAST:
+                    self.last = True
+                self.pump()
+                if events & ERROR and self.pair.open and isDead(self.socket):
+                    self.pair.ailing()
+        except Exception:
+            self.pair.abort()
+            raise
+
+    # --- bytes
+
+    def pump(self) -> None:
+        """Carry what there is to read here to the other side, until one of the two has no more to give or to take."""
+        peer = self.peer
+        if self.ended or peer.pending or peer.error:
+            return
+        if self.pipe is not None:
+            self._pumpPipe(self.pipe)
+            return
+        relay = self.pair.relay
+        buffer, view = relay.buffer, relay.view
+        receive, send = self.socket.recv_into, peer.socket.send
+        full = 0
+        for _ in range(READS):
+            try:
+                size = receive(buffer)
+            except BlockingIOError:
+                self.last = False
+                return
+            except OSError as error:
+                self.pair.broken(self, error.errno or errno.ECONNRESET)
+                return
+            if not size:
+                self._readEnded()
+                return
+            try:
+                sent = send(view[:size])
+            except BlockingIOError:
+                sent = 0
+            except OSError as error:
+                self.pair.deaf(peer, error.errno or errno.EPIPE)
+                return
+            self.count += sent
+            if sent < size:
+                peer.pending = bytes(view[sent:size])
+                return
+            if size == BLOCK:
+                full += 1
+                if full == FULL and relay.splicing:
+                    self.pipe = relay.pipes.take()
+                    if self.pipe is not None:
+                        self._pumpPipe(self.pipe)
+                        return
+            elif not self.last:
+                # That was all: if more comes there is another event.
+                return
+        relay.poller.again(self.goOn)
+
+    def goOn(self) -> None:
+        """The rest of what could not all be done at once."""
+        if self.pair.open:
+            try:
+                self.pump()
+            except Exception:
+                self.pair.abort()
+                raise
+
+    def _pumpPipe(self, pipe: Pipe) -> None:
+        relay = self.pair.relay
+        splice, fd = relay.splice, self.socket.fileno()
+        assert splice is not None
+        total = 0
+        while total < PIPED:
+            if pipe.held and not self._drain(pipe):
+                return
+            try:
+                size = splice(fd, pipe.writeEnd, CHUNK)
+            except BlockingIOError:
+                self.last = False
+                self._leavePipe()
+                return
+            except OSError as error:
+                self._leavePipe()
+                if error.errno == errno.EINVAL:  # not with this kind of socket
+                    relay.splicing = False
+                    relay.poller.again(self.goOn)
+                else:
+                    self.pair.broken(self, error.errno or errno.ECONNRESET)
+                return
+            if not size:
+                self._leavePipe()
+                self._readEnded()
+                return
+            pipe.held = size
+            total += size
+        relay.poller.again(self.goOn)
+
+    def _drain(self, pipe: Pipe) -> bool:
+        """Hand what the pipe holds to the other side. :return: whether it took all."""
+        splice = self.pair.relay.splice
+        assert splice is not None
+        fd = self.peer.socket.fileno()
+        while pipe.held:
+            try:
+                sent = splice(pipe.readEnd, fd, pipe.held)
+            except BlockingIOError:
+                return False
+            except OSError as error:
+                self.pair.deaf(self.peer, error.errno or errno.EPIPE)
+                return False
+            pipe.held -= sent
+            self.count += sent
+        return True
+
+    def _leavePipe(self) -> None:
+        if self.pipe is not None:
+            self.pair.relay.pipes.give(self.pipe)
+            self.pipe = None
+
+    def flush(self) -> None:
+        """This side takes bytes again."""
+        peer = self.peer
+        if self.pending:
+            try:
+                sent = self.socket.send(self.pending)
+            except BlockingIOError:
+                return
+            except OSError as error:
+                self.pair.deaf(self, error.errno or errno.EPIPE)
+                return
+            peer.count += sent
+            self.pending = self.pending[sent:]
+            if self.pending:
+                return
+            if peer.ended:
+                if peer.shut:
+                    self.pair.close("done")
+                else:
+                    self._shutdown()
+                return
+        peer.pump()
+
+    # --- ends
+
+    def _readEnded(self) -> None:
+        self.ended = True
+        self.pair.oneSided()
+        if self.error:
+            # It has said all that it had, and takes nothing: what is held for the other side may still go out.
+            self.pair.broken(self, self.error)
+            return
+        if self.shut:
+            # The other side has ended before, and this was told so: that is all.
+            if not self.peer.pending:
+                self.pair.close("done")
+        elif not self.peer.pending:
+            self.peer._shutdown()
+
+    def _shutdown(self) -> None:
+        """All that the other side had to say is out: pass its end on."""
+        self.shut = True
+        try:
+            self.socket.shutdown(socket.SHUT_WR)
+        except OSError as error:
+            self.pair.deaf(self, error.errno or errno.EPIPE)
+            return
+        if self.peer.shut:
+            self.pair.close("done")
+
+
+class _Pair:
+    """
+    One relayed connection.
+
+    :ivar lastMoved: of a connection of which one direction has ended, or one side has failed: when that was, or when
+        bytes were last seen to have moved since; negative before.
+    :ivar moved: bytes that had moved then.
+    :ivar failing: one side has failed, with bytes left that the other has not taken.
+    :ivar lasting: it is more than short: the backend has keepalive.
+    """
+
+    __slots__ = ("backend", "client", "ended", "failing", "lastMoved", "lasting", "moved", "open", "relay")
+
+    def __init__(
+        self, relay: PairRelay, client: socket.socket, backend: socket.socket, ended: Callable[[Outcome], None]
+    ) -> None:
+        self.relay = relay
+        self.ended = ended
+        self.client = _Half(self, client, "client")
+        self.backend = _Half(self, backend, "backend")
+        self.client.peer = self.backend
+        self.backend.peer = self.client
+        self.lastMoved = -1.0
+        self.moved = 0
+        self.open = True
+        self.failing = self.lasting = False
+
+    def begin(self, early: bytes) -> None:
+        client, backend, poller = self.client, self.backend, self.relay.poller
+        newClient = poller.watch(client.socket.fileno(), client.event)
+        newBackend = poller.watch(backend.socket.fileno(), backend.event)
+        if early:
+            try:
+                sent = backend.socket.send(early)
+            except BlockingIOError:
+                sent = 0
+            except OSError as error:
+                self.deaf(backend, error.errno or errno.EPIPE)
+                return
+            client.count = sent
+            backend.pending = early[sent:]
+        # Of what was watched before, events may have gone elsewhere.
+        client.last = not newClient
+        backend.last = not newBackend
+        client.pump()
+        if self.open and not newBackend:
+            backend.pump()
+
+    def broken(self, half: _Half, number: int) -> None:
+        """There is nothing more to read from that side, and it did not end well: reset the other."""
+        self.close(f"{half.name}-{'timeout' if number in _VANISHED else 'reset'}")
+
+    def deaf(self, half: _Half, number: int) -> None:
+        """
+        That side takes nothing any more (it has reset, most likely). What it had said before waits in the kernel
+        and is still passed on: a server that refuses a request early answers and closes like this.
+        """
+        if not self.open or half.error:
+            return
+        half.error = number
+        half.pending = b""
+        half.last = True
+        half.peer._leavePipe()
+        self.oneSided()
+        if half.ended:
+            self.broken(half, number)
+        else:
+            # What it had said may have been told of while this side could not listen.
+            self.relay.poller.again(half.goOn)
+
+    def ailing(self) -> None:
+        """A side has failed; if that is not the end yet, it is soon."""
+        if not self.failing:
+            self.failing = True
+            self.oneSided()
+
+    def oneSided(self) -> None:
+        """One direction has ended: from now on it matters whether the other one moves."""
+        if self.lastMoved < 0:
+            self.lastMoved = self.relay.reactor.seconds()
+
+    def expired(self, now: float) -> bool:
+        """Whether one direction has ended and the other has not moved for too long."""
+        if self.lastMoved < 0:
+            return False
+        moved = self.client.count + self.backend.count
+        if moved != self.moved:
+            self.moved = moved
+            self.lastMoved = now
+        limit = min(_SWEEP, self.relay.halfClosedSeconds) if self.failing else self.relay.halfClosedSeconds
+        return now - self.lastMoved >= limit
+
+    def abort(self) -> None:
+        """Reset both sides."""
+        self.close("aborted")
+
+    def expire(self) -> None:
+        """One side has ended long ago and the other never did; or one has failed and the other takes nothing."""
+        if self.failing:
+            for half in (self.client, self.backend):
+                number = half.error or pendingError(half.socket)
+                if number:
+                    self.broken(half, number)
+                    return
+        self.close(f"{(self.backend if self.client.ended else self.client).name}-timeout")
+
+    def close(self, reason: str) -> None:
+        """Close both sockets and tell the outcome; whatever is not ``done`` ends in resets."""
+        if not self.open:
+            return
+        self.open = False
+        client, backend, ended, relay = self.client, self.backend, self.ended, self.relay
+        for half in (client, backend):
+            if half.pipe is not None:
+                half._leavePipe()
+            half.pending = b""
+            relay.poller.closing(half.socket.fileno())
+            if reason == "done":
+                half.socket.close()
+            else:
+                resetClose(half.socket)
+        # No circles: memory goes now, not when the collector comes.
+        del client.peer, backend.peer, self.client, self.backend, self.ended
+        relay._ended(self)
+        ended(Outcome(reason, client.count, backend.count))
+
+
+@implementer(IRelay)
+class PairRelay:
+    """
+    Relays between pairs of raw sockets. Works with every reactor that watches descriptors.
+
+    :param reactor: provides IReactorFDSet and IReactorTime.
+    :param poller: what watches the sockets; one of its own by default.
+    :param halfClosedSeconds: how long the connection may stand still once one side has ended; then both are reset
+        (the kernel's conntrack gives CLOSE_WAIT an hour in kube-proxy's set-up). There is no other idle time-out:
+        keepalive finds the dead.
+    :param splice: how to call splice(2); ``None`` to copy everything.
+    """
+
+    name = "python"
+
+    def __init__(
+        self,
+        reactor: Any,
+        poller: Poller | None = None,
+        halfClosedSeconds: float = 3600.0,
+        splice: Splice | None = SPLICE,
+    ) -> None:
+        self.reactor = reactor
+        self.poller = poller or Poller(reactor)
+        self.halfClosedSeconds = halfClosedSeconds
+        self.splice = splice
+        self.splicing = splice is not None
+        self.pipes = Pipes()
+        # All connections read into the same memory: what is not sent on at once is copied out.
+        self.buffer = bytearray(BLOCK)
+        self.view = memoryview(self.buffer)
+        self._pairs: set[_Pair] = set()
+        self._timer: Any = None
+
+    def relay(
+        self, client: socket.socket, backend: socket.socket, early: bytes, ended: Callable[[Outcome], None]
+    ) -> Callable[[], None]:
+        pair = _Pair(self, client, backend, ended)
+        self._pairs.add(pair)
+        if self._timer is None:
+            self._timer = self.reactor.callLater(_SWEEP, self._sweep)
+        pair.begin(early)
+        return pair.abort
+
+    def stop(self) -> Deferred[None]:
+        for pair in list(self._pairs):
+            if pair.open:
+                pair.abort()
+        self.pipes.close()
+        return succeed(None)
+
+    def _ended(self, pair: _Pair) -> None:
+        self._pairs.discard(pair)
+        if not self._pairs and self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _sweep(self) -> None:
+        self._timer = self.reactor.callLater(_SWEEP, self._sweep)
+        now = self.reactor.seconds()
+        for pair in list(self._pairs):
+            # A callback of one may have cut another.
+            if not pair.open:
+                continue
+            if not pair.lasting:
+                pair.lasting = True
+                keepAlive(pair.backend.socket)
+            if pair.expired(now):
+                pair.expire()
