@@ -19,7 +19,7 @@ from zope.interface import implementer
 
 from ...core.values import Outcome
 from ...interfaces import IRelay
-from ..sockets import isDead, keepAlive, pendingError, resetClose
+from ..sockets import VANISHED, isDead, keepAlive, pendingError, resetClose
 from .poller import ERROR, INPUT, LAST, OUTPUT, Poller
 from .splice import CHUNK, Pipe, Pipes, Splice, findSplice
 
@@ -34,7 +34,6 @@ PIPED = 4 << 20
 _SWEEP = 15.0
 #: the way to call splice(2) here
 SPLICE = findSplice()
-_VANISHED = frozenset({errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN, errno.ENETDOWN})
 
 
 class _Half:
@@ -295,7 +294,7 @@ class _Pair:
 
     def broken(self, half: _Half, number: int) -> None:
         """There is nothing more to read from that side, and it did not end well: reset the other."""
-        self.close(f"{half.name}-{'timeout' if number in _VANISHED else 'reset'}")
+        self.close(f"{half.name}-{'timeout' if number in VANISHED else 'reset'}")
 
     def deaf(self, half: _Half, number: int) -> None:
         """
