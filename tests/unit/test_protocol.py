@@ -10,12 +10,13 @@ from twisted.internet import reactor
 from twisted.trial.unittest import TestCase
 
 from tests.shared.relays import BulkSuite, RelaySuite, ending, inThread, readAll, relayed, tcpPair
+from tests.shared.relayscripts import ScriptSuite
 from twisted_kproxy.core.values import Outcome
 from twisted_kproxy.userspace.engines.poller import Poller
 from twisted_kproxy.userspace.engines.protocol import Direction, ProtocolRelay, Tap
 
 
-class ProtocolRelayTests(RelaySuite, BulkSuite, TestCase):
+class ProtocolRelayTests(RelaySuite, BulkSuite, ScriptSuite, TestCase):
     """The engine in the reactor that the tests run under."""
 
     timeout = 60

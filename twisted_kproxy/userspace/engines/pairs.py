@@ -308,7 +308,10 @@ class _Pair:
         half.last = True
         half.peer._leavePipe()
         self.oneSided()
-        if half.ended:
+        if half.peer.error:
+            # Nobody is left to listen to either of them.
+            self.broken(half.peer, half.peer.error)
+        elif half.ended:
             self.broken(half, number)
         else:
             # What it had said may have been told of while this side could not listen.

@@ -90,7 +90,10 @@ class Side(Protocol):
         self.transport.unregisterProducer()  # type: ignore[no-untyped-call]
         self.peer.transport.pauseProducing()
         self.pair.ailing()
-        if self.transport.ended:
+        if self.peer.transport.error:
+            # Nobody is left to listen to either of them.
+            self.pair.broken(self.peer, self.peer.transport.error)
+        elif self.transport.ended:
             self.pair.broken(self, error)
 
     def connectionLost(self, reason: Failure) -> None:  # type: ignore[override]
