@@ -177,7 +177,7 @@ class ProxyServer(MultiService):
         about = {"version": __version__, "node": config.nodeName, "mode": config.mode, "policy": config.policy}
         report = Report(
             about, self.cluster, lambda: self.sources, self.balancer, lambda: self.dataplane, lambda: self.syncer,
-            self.failures.status,
+            self.failures.status, self._relaying,
         )
         health = healthPages(self.health.health, self.metrics.healthAnswered)
         pages = {
@@ -239,6 +239,12 @@ class ProxyServer(MultiService):
             makeTcp=makeTcp, makeUdp=makeUdp, addressOf=primaryAddress, observer=self.failures,
             ports=PortRange(*(config.portRange or (0, 0))),
         )
+
+    def _relaying(self) -> Mapping[str, Any]:
+        shown = dict(self._relay.status()) if self._relay is not None else {}
+        if self._accessLog is not None:
+            shown["accessLog"] = {"path": self._config.accessLog, "dropped": self._accessLog.dropped}
+        return shown
 
     # --- running
 
