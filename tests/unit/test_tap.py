@@ -184,9 +184,12 @@ class ShippedTests(TapCase):
         self.parse("--config", str(ETC / "kproxy.ini"))
 
     def test_unitLetsDrain(self) -> None:
-        """systemd waits for longer than connections are drained by default."""
+        """
+        systemd waits for longer than connections are drained by default, and lets the processes live that carry them.
+        """
         (seconds,) = self.unit()["TimeoutStopSec"]
         self.assertGreater(float(seconds), Config("x").drainTimeout)
+        self.assertEqual(self.unit()["KillMode"], ["mixed"])
 
     def test_unitPrivileges(self) -> None:
         """The unit gives up everything but two capabilities, and keeps what the proxy needs."""
@@ -206,6 +209,8 @@ class ShippedTests(TapCase):
             ("Restart", "always"),
             ("RestartSec", "500ms"),
             ("WatchdogSec", "30"),
+            # The one place where it may write: the access log.
+            ("LogsDirectory", "kproxy"),
         ):
             self.assertEqual(unit[key], [value])
         self.assertNotIn("root", unit.get("User", []))
