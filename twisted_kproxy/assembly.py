@@ -5,7 +5,7 @@ what a plan, a run and a clean-up have in common, and what carries bytes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -94,6 +94,13 @@ class Carriers:
             reactor, pool, balancer, observer, idleTimeout=self._config.udpIdleTimeout, budget=self._forFlows
         )
         return proxier
+
+    def status(self) -> Mapping[str, Any]:
+        """JSON-able: what carries bytes, and the access log where there is one."""
+        shown = dict(self._relay.status())
+        if self._accessLog is not None:
+            shown["accessLog"] = dict(self._accessLog.status())
+        return shown
 
     async def stop(self) -> None:
         """Let go of what they share, once every proxier is drained: processes, threads, files."""

@@ -169,7 +169,7 @@ class LoadTests(IniCase):
         commented = re.compile(r"^;([a-z-]+ =.*)$", re.MULTILINE)
         example = re.compile(r"^;(type|kubeconfig|watch-list) =", re.MULTILINE)
         keys = commented.findall(example.sub("# \\1:", text))
-        self.assertEqual(len(keys), 31)
+        self.assertEqual(len(keys), 35)
         self.assertEqual(self.load(commented.sub(r"\1", example.sub("# \\1:", text))), plain)
 
     def test_rendered(self) -> None:

@@ -13,6 +13,7 @@ from twisted.internet.task import deferLater
 from twisted.trial.unittest import TestCase
 
 from tests.shared.relays import BulkSuite, Relayed, RelaySuite, ending, inThread, readExactly, relayed, tcpPair
+from tests.shared.relayscripts import ScriptSuite
 from twisted_kproxy.core.values import Outcome
 from twisted_kproxy.userspace.engines.pairs import PairRelay
 from twisted_kproxy.userspace.engines.poller import Poller
@@ -27,11 +28,14 @@ class _NoEngine:
     def relay(self, *args: Any) -> Any:
         raise AssertionError("no worker took it")
 
+    def status(self) -> dict[str, Any]:
+        return {"engine": self.name, "active": 0}
+
     def stop(self) -> Deferred[None]:
         return succeed(None)
 
 
-class WorkersRelaySuiteTests(RelaySuite, BulkSuite, TestCase):
+class WorkersRelaySuiteTests(RelaySuite, BulkSuite, ScriptSuite, TestCase):
     """Two workers carry everything."""
 
     timeout = 60
@@ -82,6 +86,9 @@ class WorkersTests(TestCase):
         await self.relay.started
         opened = [self.open() for _ in range(10)]
         self.assertEqual([it["active"] for it in self.relay.workers], [5, 5])
+        status = self.relay.status()
+        self.assertEqual((status["engine"], status["active"], status["daemon"]["active"]), ("python", 10, 0))
+        self.assertEqual([it["active"] for it in status["workers"]], [5, 5])
         for client, backend, _ in opened:
             client.close()
             backend.close()
