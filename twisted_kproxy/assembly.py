@@ -99,7 +99,7 @@ class Carriers:
         """JSON-able: what carries bytes, and the access log where there is one."""
         shown = dict(self._relay.status())
         if self._accessLog is not None:
-            shown["accessLog"] = dict(self._accessLog.status())
+            shown["accessLog"] = {"path": self._config.accessLog, "dropped": self._accessLog.dropped}
         return shown
 
     async def stop(self) -> None:
