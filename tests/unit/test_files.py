@@ -202,21 +202,56 @@ class FilesTests(FolderCase):
         self.assertEqual(self.rig.words.said, [Replaced("local", kind, {}) for kind in self.rig.source.kinds])
         self.assertEqual(self.rig.source.ages()["Service"], 0.0)
 
-    def test_missingFolder(self) -> None:
-        """A missing folder says the same, loudly; when it appears, what lies in it is said."""
-        os.rmdir(self.folder)
+    def missing(self) -> None:
+        """Nothing is said of the path, and everybody is told, once."""
+        source = self.rig.source
         self.start()
-        self.assertEqual(self.rig.words.said, [Replaced("local", kind, {}) for kind in self.rig.source.kinds])
-        self.assertEqual(self.logged, [f"{self.folder} does not exist"])
-        self.assertEqual(self.rig.source.ages()["Service"], None)
-        self.assertEqual(self.rig.source.status()["state"], "missing")
         self.rig.poll()
-        self.assertEqual(len(self.logged), 1)
+        self.assertEqual(self.rig.words.said, [])
+        self.assertEqual(source.ages()["Service"], None)
+        (line,) = self.logged
+        self.assertEqual(dict(source.faults()), {source.status()["path"]: line[len(source.status()["path"]) + 1 :].strip()})
+        self.assertEqual((source.status()["error"], source.status()["broken"]), (line, {}))
+
+    def test_missingFolder(self) -> None:
+        """A folder that is missing has not been read, and is no empty one; when it appears, all of it is said."""
+        os.rmdir(self.folder)
+        self.missing()
+        self.assertEqual(
+            self.logged, [f"{self.folder} does not exist; until it has been read, rules stay as they are"]
+        )
+        self.assertEqual(self.rig.source.status()["state"], "missing")
         os.mkdir(self.folder)
         self.rig.write("a.yaml", service("web"))
-        (word,) = self.rig.poll()
-        self.assertEqual((type(word), word.key), (Change, "shop/web"))
+        words = self.rig.poll()
+        self.assertEqual([(type(it), it.kind) for it in words], [(Replaced, kind) for kind in self.rig.source.kinds])
+        self.assertEqual(self.services(), ["shop/web"])
+        self.assertEqual(self.logged[1:], ["Source {source}: {path} can be read now"])
         self.assertEqual(self.rig.source.status()["state"], "in agreement")
+        self.assertEqual(dict(self.rig.source.faults()), {})
+
+    def test_missingFile(self) -> None:
+        """The same of a single file; an empty one says that there is nothing."""
+        self.rig = Rig(self.folder, self.path("all.yaml"))
+        self.missing()
+        self.rig.write("all.yaml", "")
+        self.assertEqual(self.rig.poll(), [Replaced("local", kind, {}) for kind in self.rig.source.kinds])
+
+    def test_unreadableFolder(self) -> None:
+        """The same of a folder that may not be read."""
+        real = os.listdir
+
+        def listdir(path: str) -> list[str]:
+            if path == self.folder:
+                raise PermissionError(13, "Permission denied")
+            return real(path)
+
+        self.patch(os, "listdir", listdir)
+        self.missing()
+        self.assertIn("cannot be read: Permission denied; until", self.logged[0])
+        self.assertEqual(self.rig.source.status()["state"], "trouble")
+        self.patch(os, "listdir", real)
+        self.assertEqual(len(self.rig.poll()), len(self.rig.source.kinds))
 
     def test_vanishedFolder(self) -> None:
         """A folder that goes away is a loss of contact: what was said stays, and its age grows."""
@@ -224,7 +259,9 @@ class FilesTests(FolderCase):
         os.rename(self.folder, f"{self.folder}.gone")
         self.assertEqual(self.rig.poll(), [])
         self.assertEqual(self.rig.source.ages()["Service"], POLL)
-        self.assertIn("its 1 objects stay in force", self.logged[-1])
+        self.assertIn("its 1 object stays in force", self.logged[-1])
+        self.assertEqual(dict(self.rig.source.faults()), {self.folder: "does not exist; its 1 object stays in force"})
+        self.assertEqual(self.rig.source.status()["state"], "missing")
         os.rename(f"{self.folder}.gone", self.folder)
         self.assertEqual(self.rig.poll(), [])
         self.assertEqual(self.rig.source.ages()["Service"], 0.0)
@@ -295,8 +332,8 @@ class FilesTests(FolderCase):
         self.assertEqual(self.services(), ["shop/db2", "shop/web"])
         (line,) = self.logged
         self.assertTrue(line.startswith(f"{self.path('a.yaml')}:4: is no YAML: "), line)
-        self.assertTrue(line.endswith("; its last good content of 1 objects stays"), line)
-        self.assertIn("is no YAML", self.rig.source.status()["broken"]["a.yaml"])
+        self.assertTrue(line.endswith("; its last good content of 1 object stays"), line)
+        self.assertTrue(self.rig.source.status()["broken"]["a.yaml"].startswith("line 4: is no YAML: "))
         self.assertEqual((list(self.rig.source.faults()), self.rig.source.status()["state"]), (["a.yaml"], "trouble"))
         self.rig.write("a.yaml", service("web", 81))
         (word,) = self.rig.poll()
@@ -324,10 +361,10 @@ class FilesTests(FolderCase):
         (word,) = self.rig.poll()
         assert isinstance(word, Rejected)
         self.assertEqual((word.kind, word.key), ("Service", "shop/bad"))
-        self.assertIn("$.spec.ports[0].port", word.reason)
+        self.assertEqual(word.reason, "spec.ports[0].port must be a number, and is text")
         line = service("web").count("\n") + 2
         self.assertEqual(len(self.logged), 1)
-        self.assertIn(f"{self.path('a.yaml')}:{line}: Service shop/bad: Expected", self.logged[0])
+        self.assertIn(f"{self.path('a.yaml')}:{line}: Service shop/bad: {word.reason}", self.logged[0])
         self.assertEqual(self.rig.source.status()["rejected"], 1)
         self.rig.write("a.yaml", service("web", 81) + "---\n" + service("bad", "eighty"))
         self.assertEqual([word.key for word in self.rig.poll()], ["shop/web"])  # the same reason is not said again
@@ -342,6 +379,17 @@ class FilesTests(FolderCase):
         self.rig.poll()
         self.rig.write("a.yaml", "")
         self.assertEqual(self.rig.poll(), [Change("local", "Service", "shop/web", None)])
+
+    def test_namelessPort(self) -> None:
+        """A port of a slice without a name has the empty one, as if an API server had completed it."""
+        slice_ = {"apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4"}
+        for port in ({"port": 8080}, {"port": 8080, "name": None}, {"port": 8080, "name": ""}):
+            text = json.dumps({**slice_, "metadata": {"name": "web-1"}, "ports": [port]}).encode()
+            for isJSON in (False, True):
+                (found,) = parse(text, isJSON).found
+                self.assertEqual(found.object.ports[0].name, "", port)
+        (found,) = parse(json.dumps({**slice_, "metadata": {"name": "web-1"}, "ports": 5}).encode()).found
+        self.assertEqual(found.reason, "ports must be a list, and is a number")
 
     def test_sameKeyTwice(self) -> None:
         """Of an object in two files the first by name counts; the other takes over when that one goes."""
@@ -600,7 +648,7 @@ class ParseTests(SynchronousTestCase):
         """A label that YAML takes for a truth value is refused, as kubectl does, with its place."""
         (found,) = parse(b"apiVersion: v1\nkind: Service\nspec: {}\nmetadata:\n  name: x\n  labels: {a: yes}\n").found
         self.assertEqual((found.key, found.object), ("default/x", None))
-        self.assertIn("$.metadata.labels", found.reason)
+        self.assertIn("metadata.labels", found.reason)
 
     def test_documents(self) -> None:
         """Documents are separated by lines of dashes; empty ones do not matter; each knows its line."""
@@ -641,7 +689,7 @@ class ParseTests(SynchronousTestCase):
         self.assertEqual(found, [("default/a", False), ("default/b", True)])
         faults = dict(read.faults)
         self.assertEqual(sorted(faults), [1, 9, 13])  # what is no mapping knows only its document's line
-        self.assertIn("Service default/b: Expected", faults[9])
+        self.assertIn("Service default/b: spec must be a mapping", faults[9])
         self.assertIn("it has no metadata.name", faults[13])
 
     def test_jsonLines(self) -> None:
@@ -663,7 +711,7 @@ class ParseTests(SynchronousTestCase):
             ("metadata: {name: x}", "has no kind"),
             ("kind: Service\nmetadata: {name: x}", "Service: apiVersion must be v1"),
             ("kind: EndpointSlice\napiVersion: discovery.k8s.io/v2", "must be discovery.k8s.io/v1 or discovery."),
-            ("kind: Service\napiVersion: v1\nmetadata: []", "Service: Expected"),
+            ("kind: Service\napiVersion: v1\nmetadata: []", "Service: metadata must be a mapping"),
             ("kind: List\napiVersion: v1\nitems: 5", "items is no list but a number"),
         ):
             (fault,) = parse(text.encode()).faults
@@ -823,12 +871,12 @@ class KernelTests(TestCase):
         inner = os.path.join(self.folder, "inner")
         self.source = FilesSource(reactor, "local", Where(inner, 3600.0), self.words)
         self.source.startService()
-        await self.when(lambda: len(self.words.said) == 4)
-        before = len(os.listdir("/proc/self/fd"))
+        before = 0
         for port in (1, 2, 3):
             os.mkdir(inner)
             self.write("inner/a.yaml", service("web", port))
             await self.when(lambda port=port: self.ports() == {"shop/web": port})  # type: ignore[misc]
+            before = before or len(os.listdir("/proc/self/fd"))
             os.unlink(os.path.join(inner, "a.yaml"))
             await self.when(lambda: self.ports() == {})
             os.rmdir(inner)

@@ -49,9 +49,9 @@ class ServiceTests(SynchronousTestCase):
             "protocol 'tcp' is none of TCP, UDP, SCTP": data(ports=[{"port": 80, "protocol": "tcp"}]),
             "type 'Cluster' is none of": data(type="Cluster"),
             "it has no spec": {"metadata": {"name": "web", "namespace": "shop"}, "spec": None},
-            "Expected `int`, got `str`": data(ports=[{"port": "80"}]),
-            "Expected `int`, got `bool`": data(ports=[{"port": True}]),
-            "Expected `array | null`, got `object`": data(ports={"port": 80}),
+            "spec.ports[0].port must be a number, and is text": data(ports=[{"port": "80"}]),
+            "spec.ports[0].port must be a number, and is true or false": data(ports=[{"port": True}]),
+            "spec.ports must be a list, and is a mapping": data(ports={"port": 80}),
         }
         for expected, it in cases.items():
             key, reason = self.reason(it)

@@ -14,6 +14,7 @@ from msgspec import Raw, Struct
 
 from .addresses import BadAddress, canonical, shortened
 from .values import Kind
+from .wording import fieldFault
 
 SERVICE_NAME_LABEL = "kubernetes.io/service-name"
 PROXY_NAME_LABEL = "service.kubernetes.io/service-proxy-name"
@@ -285,7 +286,7 @@ def decode(kind: Kind, data: bytes | Raw) -> Any:
     try:
         it = DECODERS[kind].decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise Unreadable(_keyIn(data), str(error)) from None
+        raise Unreadable(_keyIn(data), fieldFault(str(error))) from None
     return _checked(kind, it)
 
 
@@ -303,7 +304,7 @@ def convert(kind: Kind, data: Any) -> Any:
             key = keyOf(msgspec.convert(meta, Identity))
         except (msgspec.ValidationError, RecursionError):
             key = ""
-        raise Unreadable(key, str(error)) from None
+        raise Unreadable(key, fieldFault(str(error))) from None
     return _checked(kind, it)
 
 

@@ -15,6 +15,7 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from ..core.values import Replaced, Word
+from ..core.wording import counted
 from ..interfaces import IChannel, ISource
 from .scan import KINDS, Identity, Said, Scan, faultsOf, firstWords, isManifest, look, nextWords
 from .watch import FolderWatch
@@ -51,7 +52,8 @@ class FilesSource(Service):
 
     A file that cannot be read keeps its last good content, and an object that cannot be read its last good version.
     Of an object in two files, the one in the first file by name counts. A file that goes takes its objects with it;
-    a whole folder that goes says nothing, as any loss of contact.
+    a whole folder that goes says nothing, as any loss of contact. An empty folder says that there is nothing; a path
+    that is missing, or cannot be read, at the start says nothing before it can.
 
     :param options: of the configuration: ``path``, ``pollSeconds``.
     :param runInThread: ``(function, *args) → Deferred``; instead of the reactor's thread pool.
@@ -89,6 +91,7 @@ class FilesSource(Service):
         self._tries = 0
         self._agreed: float | None = None
         self._trouble = ""
+        self._missing = False
 
     def startService(self) -> None:
         super().startService()  # type: ignore[no-untyped-call]
@@ -116,19 +119,29 @@ class FilesSource(Service):
         return dict.fromkeys(self.kinds, age)
 
     def faults(self) -> Mapping[str, str]:
+        trouble = {_shown(self._path): self._trouble.removeprefix(self._path).lstrip(": ")} if self._trouble else {}
+        return {**trouble, **self._broken()}
+
+    def _broken(self) -> dict[str, str]:
+        """Files that cannot be read, by name: on which line, and why."""
         files = self._scan.files if self._scan else {}
-        return {_shown(name): state.fault for name, state in sorted(files.items()) if state.fault}
+        return {
+            _shown(name): f"line {state.line}: {state.fault}" if state.line else state.fault
+            for name, state in sorted(files.items())
+            if state.fault
+        }
 
     def status(self) -> Mapping[str, Any]:
         scan = self._scan
         files = scan.files if scan else {}
-        broken = self.faults()
+        broken = self._broken()
         rejected = sum(1 for said in (self._said or {}).values() if said.reason)
-        if self._said is None:
-            state = "reading" if self.running else "stopped"
+        if self._missing:
+            state = "missing"
+        elif self._said is None:
+            state = "trouble" if self._trouble else "reading" if self.running else "stopped"
         else:
-            trouble = self._trouble or broken
-            state = "missing" if scan and scan.missing else "trouble" if trouble else "in agreement"
+            state = "trouble" if self._trouble or broken else "in agreement"
         return {
             "type": "files",
             "path": self._path,
@@ -183,7 +196,7 @@ class FilesSource(Service):
         before = self._scan
         self._runInThread(_work, self.name, self._path, before, dirty, self._said).addCallbacks(
             self._looked, self._failed, callbackArgs=(before,)
-        ).addErrback(self._broken).addBoth(self._idle)
+        ).addErrback(self._lost).addBoth(self._idle)
 
     # --- what was seen ---
 
@@ -203,21 +216,26 @@ class FilesSource(Service):
             if self._said is None and self._tries < PATIENCE:
                 self._tries += 1
                 return
-        if scan.error and self._said is None:
-            return  # nothing is known yet, not even that there is nothing
+        if self._trouble and self._said is None:
+            return  # nothing is known yet, not even that there is nothing: a volume may not be mounted yet
         self._scan, self._said, self._words = scan, said, words
         self._say()
 
     def _tell(self, scan: Scan) -> None:
         """Log when the path itself goes or comes back."""
         trouble = scan.error
+        self._missing = scan.missing
         if scan.missing:
-            kept = f"; its {len(scan.wanted)} objects stay in force" if scan.wanted else ""
+            count = len(scan.wanted)
+            stay = "stays" if count == 1 else "stay"
+            kept = f"; its {counted(count, 'object')} {stay} in force" if count else ""
             trouble = f"{self._path} does not exist{kept}"
+        if trouble and self._said is None:
+            trouble += "; until it has been read, rules stay as they are"
         if trouble and trouble != self._trouble:
             self.log.error("Source {source}: {trouble}", source=self.name, trouble=trouble)
         elif self._trouble and not trouble:
-            self.log.info("Source {source}: {path} can be read again", source=self.name, path=self._path)
+            self.log.info("Source {source}: {path} can be read now", source=self.name, path=self._path)
         self._trouble = trouble
 
     def _say(self) -> None:
@@ -240,7 +258,7 @@ class FilesSource(Service):
             self._trouble = f"cannot look at {self._path}: {failure.getErrorMessage()}"
             self.log.failure("Source {source}: cannot look at {path}", failure, source=self.name, path=self._path)
 
-    def _broken(self, failure: Failure) -> None:
+    def _lost(self, failure: Failure) -> None:
         self.log.failure("Source {source}: a look was lost", failure, source=self.name)
 
     def _idle(self, _: object) -> None:

@@ -179,7 +179,14 @@ _GROUPS = {version.partition("/")[0] for versions in VERSIONS.values() for versi
 
 
 def _placed(value: dict[Any, Any], kind: Kind) -> dict[Any, Any]:
-    """The object in its namespace: ``default`` where it names none; a Node, for one, is in none."""
+    """
+    The object as an API server would complete it: in its namespace, ``default`` where it names none (a Node, for one,
+    is in none), and the ports of a slice with a name, be it ``""``.
+    """
+    ports = value.get("ports") if kind == "EndpointSlice" else None
+    if isinstance(ports, list):
+        named = [{**it, "name": ""} if isinstance(it, dict) and it.get("name") is None else it for it in ports]
+        value = {**value, "ports": named}
     meta = value.get("metadata")
     if not isinstance(meta, dict):
         return value

@@ -13,6 +13,7 @@ from typing import TypeAlias
 from msgspec import Struct
 
 from ..core.values import Change, Kind, Rejected, Replaced, Word
+from ..core.wording import counted
 from .manifests import MAX_BYTES, Broken, Found, Manifest, parse
 
 SUFFIXES = (".yaml", ".yml", ".json")
@@ -31,11 +32,13 @@ class FileState(Struct, frozen=True):
     :ivar signature: of the text that was read last; ``()`` where that could not be.
     :ivar manifest: its last good content.
     :ivar fault: why it cannot be read as it stands; empty when it can.
+    :ivar line: where that is; 0 where that cannot be told.
     """
 
     signature: Signature
     manifest: Manifest = Manifest()
     fault: str = ""
+    line: int = 0
 
 
 class Said(Struct, frozen=True):
@@ -137,14 +140,15 @@ class _Reader:
         try:
             now = parse(data, path.endswith(".json"))
         except Broken as error:
-            return self._faulty(path, old, FileState(signature, manifest, error.reason), error.line)
+            return self._faulty(path, old, FileState(signature, manifest, error.reason, error.line))
         self._note(path, now, old)
         return FileState(signature, now)
 
-    def _faulty(self, path: str, old: FileState | None, new: FileState, line: int = 0) -> FileState:
+    def _faulty(self, path: str, old: FileState | None, new: FileState) -> FileState:
         if old is None or old.fault != new.fault or (old.signature != new.signature and new.signature):
-            place = f"{path}:{line}" if line else path
-            kept = f"; its last good content of {len(new.manifest.found)} objects stays" if new.manifest.found else ""
+            place = f"{path}:{new.line}" if new.line else path
+            count = len(new.manifest.found)
+            kept = f"; its last good content of {counted(count, 'object')} stays" if count else ""
             self.notes.append((True, f"{place}: {new.fault}{kept}"))
         return new
 
@@ -153,7 +157,9 @@ class _Reader:
         self.notes += ((True, f"{path}:{line}: {reason}") for line, reason in now.faults if (line, reason) not in known)
         if now.skipped and (old is None or now.skipped != old.manifest.skipped):
             kinds = ", ".join(sorted(now.skipped))
-            self.notes.append((False, f"{path}: {sum(now.skipped.values())} objects are not for us: {kinds}"))
+            count = sum(now.skipped.values())
+            are = "is" if count == 1 else "are"
+            self.notes.append((False, f"{path}: {counted(count, 'object')} {are} not for us: {kinds}"))
 
 
 def _signature(found: os.stat_result) -> Signature:
