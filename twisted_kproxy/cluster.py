@@ -365,7 +365,8 @@ class Cluster:
             self._waiting[name] = None
             for key, owner in self._claims.pending(claimed).items():
                 self.log.warn(
-                    "{port} waits for {frontend}, which {owner} has: of two that claim the same the older one serves",
+                    "{port} waits for {frontend}, which {owner} has: of two that claim the same the "
+                    "older one serves, or the first by name",
                     port=str(name), frontend=str(key), owner=str(owner),
                 )
 
@@ -416,7 +417,7 @@ class Cluster:
         found = {problem for resolved in self._resolved.values() for problem in resolved.problems}
         for name in self._waiting:
             for key, owner in self._claims.pending(self._claimed[name]).items():
-                reason = f"port {name.port or name.protocol}: {key} is served by {owner}, the older one"
+                reason = f"port {name.port or name.protocol}: {key} is served by {owner}, older or first by name"
                 found.add(Problem("Service", f"{name.namespace}/{name.service}", reason))
         return sorted(found)
 

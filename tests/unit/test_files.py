@@ -210,7 +210,8 @@ class FilesTests(FolderCase):
         self.assertEqual(self.rig.words.said, [])
         self.assertEqual(source.ages()["Service"], None)
         (line,) = self.logged
-        self.assertEqual(dict(source.faults()), {source.status()["path"]: line[len(source.status()["path"]) + 1 :].strip()})
+        path = source.status()["path"]
+        self.assertEqual(dict(source.faults()), {path: line.removeprefix(path).lstrip(": ")})
         self.assertEqual((source.status()["error"], source.status()["broken"]), (line, {}))
 
     def test_missingFolder(self) -> None:

@@ -113,7 +113,7 @@ class CutTests(ReplayCase):
             self.assertEqual(rig.times, [0.0, 0.0, 2.308])
             self.assertEqual(rig.words.versions("Service")["shop/cart"], "3590")
             self.assertEqual((rig.status["lists"], rig.status["retries"]), (1, 0))
-            self.assertIn("the answer broke off", rig.status["lastError"])
+            self.assertIn("the server closed the connection", rig.status["lastError"])
 
     async def test_cutSigterm(self) -> None:
         """A server that is told to end leaves a watch open and silent, and cuts it: the same, only later."""

@@ -18,6 +18,11 @@ def counted(count: int, what: str, many: str = "") -> str:
     return f"{count} {what if count == 1 else many or what + 's'}"
 
 
+def plural(kind: str) -> str:
+    """Many objects of a kind."""
+    return kind if kind.endswith("s") else f"{kind}s"
+
+
 def fieldFault(text: str) -> str:
     """
     What msgspec says of data of the wrong type, as a sentence about a field: ``spec.ports[0].port must be a number, and

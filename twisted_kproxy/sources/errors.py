@@ -15,6 +15,7 @@ from OpenSSL import SSL
 from service_identity import CertificateError, VerificationError
 from twisted.internet import error as neterror
 from twisted.web.client import RequestGenerationFailed, RequestTransmissionFailed, ResponseFailed
+from twisted.web.http import PotentialDataLoss
 
 from ..core import wire
 from ..interfaces import ApiError, KproxyError
@@ -182,8 +183,10 @@ def translated(error: BaseException) -> KproxyError:
         if isinstance(cause, (neterror.ConnectError, neterror.DNSLookupError, OSError)):
             return Unreachable(f"no connection: {_named(cause)}")
     for cause in causes:
-        if isinstance(cause, (neterror.ConnectionLost, neterror.ConnectionDone, neterror.ConnectionAborted)):
-            return ConnectionLost(f"the connection ended before there was an answer: {_named(cause)}")
+        if isinstance(cause, neterror.ConnectionAborted):
+            return ConnectionLost("the connection was cut before there was an answer")
+        if isinstance(cause, (neterror.ConnectionLost, neterror.ConnectionDone)):
+            return ConnectionLost("the server closed the connection before it had answered")
     if isinstance(error, ResponseFailed):
         return Unusable(f"the answer is not HTTP that can be read: {_named(causes[-1])}")
     return Unreachable(f"the server cannot be asked: {_named(causes[-1])}")
@@ -201,6 +204,16 @@ def why(error: BaseException | None) -> str:
     if error is None:
         return "for no given reason"
     return ", ".join(dict.fromkeys(_named(cause) for cause in _causes(error)))
+
+
+def brokenOff(error: BaseException) -> ConnectionLost:
+    """The end of an answer that is not complete, or cannot be known to be."""
+    causes = _causes(error)
+    if any(isinstance(cause, (SSL.Error, VerificationError)) for cause in causes) or not any(
+        isinstance(cause, (neterror.ConnectionLost, neterror.ConnectionDone, PotentialDataLoss)) for cause in causes
+    ):
+        return ConnectionLost(f"the answer broke off: {why(error)}")
+    return ConnectionLost("the server closed the connection")
 
 
 def _named(error: BaseException) -> str:

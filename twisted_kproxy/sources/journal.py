@@ -7,6 +7,7 @@ from collections import Counter
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger, LogLevel
 
+from ..core.wording import plural
 from . import errors
 from .contact import Outage
 
@@ -77,8 +78,11 @@ class Journal:
             return
         # Losing the network is nothing out of the ordinary; being refused by a server that answers is.
         level = LogLevel.info if isinstance(error, (errors.LinkError, errors.Expired)) else LogLevel.warn
+        linked = not isinstance(error, errors.LinkError)
+        happened = "cannot read" if linked else "no contact yet for" if self.heard is None else "lost contact for"
         self.log.emit(
-            level, "No agreement on {kind} for now: {error}", kind=self.kind, error=text, source=self._source
+            level, "Source {source}: {happened} {kinds}: {error}",
+            happened=happened, kinds=plural(self.kind), kind=self.kind, error=text, source=self._source,
         )
 
     def rejected(self, key: str, reason: str, kept: bool) -> None:

@@ -11,6 +11,7 @@ from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
 from ..core.values import Change, Kind, Rejected, Replaced, Word
+from ..core.wording import counted, plural
 from . import errors
 from .journal import Journal
 from .routes import Routes
@@ -88,8 +89,9 @@ class Knowledge:
             self._reject(key, reason)
         differs = self.store.replace(listing)
         self.log.info(
-            "There are {count} of {kind} at {rv}{same}",
-            count=len(listing.objects), kind=self.kind, rv=self.rv, same="" if differs else ", as before",
+            "Read {what} (resourceVersion {rv}){same}",
+            what=counted(len(listing.objects), self.kind, plural(self.kind)), kind=self.kind, rv=self.rv,
+            same="" if differs else ", as before",
         )
         if differs:
             self._tell(Replaced(self._source, self.kind, listing.objects, listing.rejected))
