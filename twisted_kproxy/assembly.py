@@ -26,6 +26,8 @@ from .interfaces import (
     KproxyError,
     NotAvailable,
 )
+from .netfilter.claim import NamespaceClaim
+from .netfilter.planning import Claim
 from .userspace.accesslog import AccessLog
 from .userspace.dial import Dialer
 from .userspace.engines.choose import makeRelay
@@ -109,7 +111,18 @@ class Carriers:
             await self._accessLog.close()
 
 
-async def _cleanup(reactor: Any) -> list[str]:
+async def _cleanup(reactor: Any, claim: Claim) -> list[str]:
+    try:
+        claim.take()  # nor does one start meanwhile
+    except NotAvailable as error:
+        raise KproxyError(f"{error}: as it ends (systemctl stop kproxy) it removes its rules itself") from error
+    try:
+        return await _removeAll(reactor)
+    finally:
+        claim.release()
+
+
+async def _removeAll(reactor: Any) -> list[str]:
     said: list[str] = []
     faults: list[str] = []
     for name in plugin.names(IWriterMaker):
@@ -134,11 +147,12 @@ async def _cleanup(reactor: Any) -> list[str]:
     return said
 
 
-def cleanup(reactor: Any) -> Deferred[list[str]]:
+def cleanup(reactor: Any, claim: Claim | None = None) -> Deferred[list[str]]:
     """
-    Remove every rule of ours, of every writer, and nothing else.
+    Remove every rule of ours, of every writer, and nothing else; not beside a daemon, which would write its own again.
 
+    :param claim: held meanwhile; instead of that of this network namespace.
     :return: fires with a line for each writer; fails with :class:`~twisted_kproxy.interfaces.KproxyError` where rules
-        could not be removed.
+        could not be removed, or a daemon is at work.
     """
-    return Deferred.fromCoroutine(_cleanup(reactor))
+    return Deferred.fromCoroutine(_cleanup(reactor, claim if claim is not None else NamespaceClaim()))

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from twisted.trial.unittest import SkipTest, TestCase
 
-from tests.fakes.daemon import Daemon
+from tests.fakes.daemon import Backend, Daemon
 from tests.fakes.network import SmallRig, waitFor
-from tests.integration.test_loops import CONFIG, Loops
+from tests.integration.test_loops import CONFIG, TCP, Loops
 from tests.shared.namespaces import Namespace, canMakeNamespaces
 from twisted_kproxy.interfaces import NotAvailable
 from twisted_kproxy.netfilter.claim import NAME, NamespaceClaim
@@ -105,7 +105,8 @@ class TwoDaemonsTests(TestCase):
         self.config = CONFIG.format(folder=self.folder, writer="nftables")
 
     def rules(self) -> str:
-        return re.sub(r"# handle \d+", "", self.rig.run("n0", ["nft", "list", "table", "inet", "kproxy"]).stdout)
+        done = self.rig.run("n0", ["nft", "list", "table", "inet", "kproxy"], check=False)
+        return re.sub(r"# handle \d+", "", done.stdout)
 
     def inForce(self, daemon: Daemon) -> bool:
         return bool(json.loads(daemon.get("http://127.0.0.1:10249/status")[2])["sync"]["inForce"])
@@ -129,3 +130,27 @@ class TwoDaemonsTests(TestCase):
         third = Daemon(self.rig, "n0", self.config)
         third.waitUntil(lambda: self.inForce(third))
         self.assertEqual(self.rules(), before)
+
+    def test_cleanupBesideDaemon(self) -> None:
+        """
+        --cleanup beside a daemon that runs names it and removes nothing. What somebody else removes comes back; our own
+        doings, up to the last one, are never taken for somebody else's.
+        """
+        daemon = Daemon(self.rig, "n0", self.config.replace("drain-timeout = 0s", "drain-timeout = 1s"))
+        daemon.waitUntil(lambda: self.inForce(daemon))
+        before = self.rules()
+        Backend(self.rig, "p0a", http=[TCP])
+        client = self.rig.connect("n0", ("10.96.7.7", TCP))
+        self.addCleanup(client.close)
+        done = self.rig.run("n0", [sys.executable, "-m", "twisted", "kproxy", "--cleanup"], check=False)
+        self.assertEqual(done.returncode, 1, done.stdout + done.stderr)
+        self.assertIn(f"process {daemon.pid}", done.stderr)
+        self.assertEqual(self.rules(), before)
+        for count in (1, 2, 3):
+            self.rig.run("n0", ["nft", "delete", "table", "inet", "kproxy"])
+            daemon.waitUntil(lambda count=count: daemon.log().count("Somebody else") == count)  # type: ignore[misc]
+            waitFor(lambda: self.rules() == before, 10)
+        daemon.process.send_signal(signal.SIGTERM)
+        daemon.waitUntil(lambda: "cut" in daemon.log())  # it has drained for a while
+        daemon.process.wait(10)
+        self.assertEqual(daemon.log().count("Somebody else"), 3)

@@ -569,6 +569,19 @@ class WatchTests(SynchronousTestCase):
         self.clock.advance(1)
         self.assertEqual(self.calls, [])
 
+    def test_manyPrograms(self) -> None:
+        """Our own socket stays our own, however many programs have run since; of these only the last ones are known."""
+        self.watch.own(7, lasting=True)
+        for pid in range(100, 150):
+            self.watch.own(pid)
+        self.hear(12, sender=7)
+        self.hear(12, sender=149)
+        self.clock.advance(1)
+        self.assertEqual(self.calls, [])
+        self.hear(12, sender=100)
+        self.clock.advance(1)
+        self.assertEqual(self.calls, [False])
+
     def test_overflow(self) -> None:
         """When the kernel could not tell everything, it may have been about us."""
 

@@ -100,9 +100,9 @@ class NftablesWriter:
         self._opener = openSocket
         self.usesNetlink = useNetlink
         self._nft = NftProgram(
-            reactor, table, self._own, spawnPrefix=spawnPrefix, limit=limit, findTool=findTool
+            reactor, table, self._ownProgram, spawnPrefix=spawnPrefix, limit=limit, findTool=findTool
         )
-        self._elements = ElementSocket(openSocket, table, self._own)
+        self._elements = ElementSocket(openSocket, table, self._ownSocket)
         self._known: _Known | None = None
         self._damaged = False  # the structure is ours, some elements are not
         self._watch: TableWatch | None = None
@@ -134,7 +134,8 @@ class NftablesWriter:
         except OSError as error:
             self.log.warn("Changes by others to our rules cannot be watched: {error}.", error=error)
             return
-        self._own(self._elements.port)
+        if self._elements.port is not None:
+            self._ownSocket(self._elements.port)
 
     def cleanup(self) -> Deferred[bool]:
         return Deferred.fromCoroutine(self._cleanup())
@@ -349,9 +350,13 @@ class NftablesWriter:
 
     # --- inside ---
 
-    def _own(self, port: int | None) -> None:
-        if self._watch is not None and port is not None:
-            self._watch.own(port)
+    def _ownProgram(self, pid: int) -> None:
+        if self._watch is not None:
+            self._watch.own(pid)
+
+    def _ownSocket(self, port: int) -> None:
+        if self._watch is not None:
+            self._watch.own(port, lasting=True)
 
     def _distrust(self, why: str) -> None:
         self.usesNetlink = False

@@ -41,7 +41,8 @@ class TableWatch:
         self._reactor = reactor
         self._table = table.encode() + b"\0"
         self._changed = changed
-        self._own: deque[int] = deque(maxlen=16)
+        self._programs: deque[int] = deque(maxlen=16)
+        self._sockets: deque[int] = deque(maxlen=4)  # apart: any number of programs must not push them out
         self._timer: Any = None
         self._structure = False
         self._socket = opener(
@@ -65,15 +66,23 @@ class TableWatch:
             self._timer.cancel()
             self._timer = None
 
-    def own(self, port: int) -> None:
+    def own(self, port: int, lasting: bool = False) -> None:
         """
-        What that port (of a netlink socket; of a program, its process id) changes is our own doing. The kernel
-        filters the last few of them out: a full load would overflow the queue.
+        What that port changes is our own doing. The kernel filters the last few of them out: a full load would overflow
+        the queue.
+
+        :param port: the process id of a program, which is its netlink port.
+        :param lasting: it is that of a netlink socket which stays open.
         """
-        if port in self._own:
-            return
-        self._own.append(port)
-        ports = list(self._own)
+        if lasting:
+            if port in self._sockets:
+                return
+            self._sockets.append(port)
+        else:
+            if port in self._programs:
+                return
+            self._programs.append(port)
+        ports = [*self._sockets, *self._programs]
         # Classic BPF: ld [12] (nlmsg_pid); jeq port → drop …; keep.
         program = [struct.pack("=HBBI", 0x20, 0, 0, 12)]
         for n, it in enumerate(ports):
@@ -108,7 +117,7 @@ class TableWatch:
                     continue
                 raise
             for kind, _flags, _sequence, sender, payload in messages(data):
-                if kind >> 8 != NFTABLES or sender in self._own:
+                if kind >> 8 != NFTABLES or sender in self._sockets or sender in self._programs:
                     continue
                 what = kind & 0xFF
                 if what not in _STRUCTURE and what not in _ELEMENTS:
