@@ -395,7 +395,14 @@ class Cluster:
     def unserved(self, namespace: str, name: str) -> str | None:
         """Why the Service of that name means nothing to this proxy; ``None`` where it does."""
         service, _slices = self.objectsOf(namespace, name)
-        return "no source has it" if service is None else unconcerning(service, self._proxyName)
+        if service is not None:
+            return unconcerning(service, self._proxyName)
+        for source, kinds in self._said.items():
+            said = kinds.get("Service")
+            if said is not None and f"{namespace}/{name}" in said.rejected:
+                reason = said.rejected[f"{namespace}/{name}"]
+                return f"source {source} has it, but it cannot be read: {reason}"
+        return "no source has it"
 
     def quarantined(self) -> list[dict[str, str]]:
         """Objects that cannot be read, and whether an earlier version of them serves on."""

@@ -99,7 +99,9 @@ def readPositiveDuration(text: str) -> float:
 
 
 def writeDuration(seconds: float) -> str:
-    """The shortest text that is read as the same."""
+    """The shortest text that is read as the same, with the unit that people would take."""
+    if seconds and seconds % 3600 == 0:
+        return f"{seconds / 3600:.0f}h"
     text = f"{seconds:.9f}".rstrip("0").rstrip(".") + "s"
     thousandths = f"{seconds * 1000:.9f}".rstrip("0").rstrip(".") + "ms"
     return thousandths if 0 < seconds < 1 else text

@@ -83,12 +83,13 @@ class Explainer:
 
     def answer(self, question: Question) -> dict[str, Any]:
         """Everything that is known of what is asked, JSON-able."""
-        facts = _Facts(self._dataplane(), self._cluster.pending(), self._cluster.problems())
+        sync, cluster = self._sync(), self._cluster
+        facts = _Facts(self._dataplane(), cluster.pending(), cluster.problems(), sync.get("stopping", False))
         if isinstance(question.about, Dialled):
             shown = self._dialled(question, question.about, facts)
         else:
             shown = self._service(question, question.about, facts)
-        shown["sync"] = self._sync()
+        shown["sync"] = sync
         return shown
 
     # --- an address is asked for
@@ -170,7 +171,7 @@ class Explainer:
                 shown["onlyFrom"] = list(now.frontend.sources)
         if port is not None and now.hit == "service":
             shown["pool"] = now.pool
-            fault = facts.faults.get(str(port.name))
+            fault = facts.faultOf(port.name)
             if fault is not None:
                 shown["notServed"] = fault
             if now.endpoints:
@@ -178,7 +179,8 @@ class Explainer:
             if port.affinitySeconds and now.pool is not None:
                 bound = self._boundTo(PoolName(port.name, now.pool), flow.source) if flow.source else None
                 shown["affinity"] = {"seconds": port.affinitySeconds, "boundTo": str(bound) if bound else None}
-        shown["inForce"] = before is not None and _essence(before) == _essence(now)
+        inForce = before is not None and _essence(before) == _essence(now)
+        shown["inForce"] = inForce and not (facts.stopping and now.hit == "service")
         return shown
 
     def _source(self, now: Decision) -> str:
@@ -203,7 +205,7 @@ class Explainer:
             "pools": {kind: self._pool(explained, kind) for kind in port.poolKinds() if kind in kinds},
             "notes": list(explained.notes),
         }
-        fault = facts.faults.get(str(name))
+        fault = facts.faultOf(name)
         if fault is not None:
             shown["notServed"] = fault
         waits = facts.pending.get(str(name))
@@ -251,18 +253,27 @@ class _Facts:
     """
     What others know of all service ports, asked for once.
 
-    :ivar faults: why a service port is not served though it should be, by name.
+    :ivar stopping: nothing is served any more.
     """
 
     def __init__(
-        self, dataplane: Mapping[str, Any], pending: Mapping[str, Mapping[str, str]], problems: Iterable[Problem]
+        self,
+        dataplane: Mapping[str, Any],
+        pending: Mapping[str, Mapping[str, str]],
+        problems: Iterable[Problem],
+        stopping: bool = False,
     ) -> None:
+        self.stopping = stopping
         self.pending = pending
         self.problems = list(problems)
         quarantined = dataplane.get("rules", dataplane).get("quarantined", {})
-        self.faults: dict[str, str] = {
+        self._faults: dict[str, str] = {
             **quarantined, **dataplane.get("pending", {}), **dataplane.get("refused", {}),
         }
+
+    def faultOf(self, name: ServicePortName) -> str | None:
+        """Why a service port is not served though it should be."""
+        return "kproxy is stopping" if self.stopping else self._faults.get(str(name))
 
 
 def _isAsked(port: ServicePort, asked: ServiceAsked, source: str | None) -> bool:

@@ -5,6 +5,7 @@ no socket that anybody could reach, and takes nothing from a daemon that runs be
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -12,7 +13,7 @@ from twisted.internet.defer import Deferred, maybeDeferred
 
 from .assembly import makeSources, writersOf
 from .cluster import Cluster
-from .config import Config, nodeSettings
+from .config import Config, FilesOptions, nodeSettings
 from .core.rules import Ruleset
 from .core.values import FAMILIES, Family
 from .interfaces import IRuleWriter, ISource, KproxyError, NotAvailable
@@ -25,6 +26,7 @@ from .userspace.redirect import planned, poolsOf, preferred
 
 #: so long sources may take to say what there is, in seconds
 READING_SECONDS = 30.0
+KEPT = "a daemon that runs keeps its last good content"
 MakeSources = Callable[[Any, Config, Cluster], Iterable[ISource]]
 ChooseWriter = Callable[[Any, Config], "Deferred[IRuleWriter]"]
 
@@ -42,14 +44,14 @@ def plan(
     choose: ChooseWriter = _chosen,
     addressOf: Callable[[Family], str | None] = primaryAddress,
     seconds: float = READING_SECONDS,
-) -> Deferred[list[str]]:
+) -> Deferred[tuple[list[str], list[str]]]:
     """
     :param mayRead: this process may read the kernel's rules.
     :param sources: makes the sources, which speak to the cluster that they are given.
     :param choose: gives the rule writer that a run would use, probed.
     :param seconds: how long the sources may take.
-    :return: fires with the plan as lines; fails with :class:`~twisted_kproxy.interfaces.KproxyError` where a source
-        cannot be read.
+    :return: fires with the plan as lines, and with what of the sources is not in it since it cannot be read; fails with
+        :class:`~twisted_kproxy.interfaces.KproxyError` where a whole source cannot be read.
     """
     return Deferred.fromCoroutine(_plan(reactor, config, mayRead, sources, choose, addressOf, seconds))
 
@@ -62,11 +64,14 @@ async def _plan(
     choose: ChooseWriter,
     addressOf: Callable[[Family], str | None],
     seconds: float,
-) -> list[str]:
+) -> tuple[list[str], list[str]]:
+    for it in config.sources:
+        if isinstance(it, FilesOptions) and not os.path.exists(it.path):  # who asks for a plan will not wait for it
+            raise KproxyError(f"[source:{it.name}] path = {it.path}: does not exist; {KEPT}")
     addresses = {family: addressOf(family) for family in FAMILIES}
     cluster = Cluster(config.nodeName, config.proxyName, nodeSettings(config))
     cluster.hostAddresses(it for it in addresses.values() if it is not None)
-    await _read(reactor, cluster, list(sources(reactor, config, cluster)), seconds)
+    unread = await _read(reactor, cluster, list(sources(reactor, config, cluster)), seconds)
     writer, found, uncompared = await _inForce(reactor, config, mayRead, choose)
     planner = Planner(
         poolsOf=poolsOf,
@@ -79,12 +84,20 @@ async def _plan(
     text = PlanText(planner.plan(cluster.current(), found), found, uncompared)
     lines = [f"Plan for node {config.nodeName}, mode {config.mode}, rules by {writer}"]
     if cluster.node is None and any(it.type == "api" for it in config.sources):
-        lines.append(f"No source has a Node {config.nodeName}: no endpoint counts as local")
-    return [*lines, *text.lines(cluster.problems())]
+        lines.append(
+            f"No source has a Node {config.nodeName}: endpoints count as local by nodeName {config.nodeName} alone, "
+            "and zone and podCIDRs of the node are not known"
+        )
+    unreadable = [f"{it['kind']} {it['key']} cannot be read: {it['reason']}" for it in cluster.quarantined()]
+    lines += text.lines(cluster.problems(), [*(f"{it} ({KEPT})" for it in unread), *unreadable])
+    return lines, [f"kproxy: not in the plan: {it}" for it in unread]
 
 
-async def _read(reactor: Any, cluster: Cluster, sources: list[ISource], seconds: float) -> None:
-    """:raise KproxyError: naming what could not be read in time, and what the sources say of it."""
+async def _read(reactor: Any, cluster: Cluster, sources: list[ISource], seconds: float) -> list[str]:
+    """
+    :return: what is at fault though all has been read.
+    :raise KproxyError: naming what could not be read in time, and what the sources say of it.
+    """
     done: Deferred[None] = Deferred()
     timer = reactor.callLater(seconds, done.callback, None)
 
@@ -101,16 +114,19 @@ async def _read(reactor: Any, cluster: Cluster, sources: list[ISource], seconds:
             source.startService()  # type: ignore[no-untyped-call]
         await done
         if not cluster.synced:
-            reasons = [
-                f"{source.name}: {what}: {why}" for source in sources for what, why in sorted(source.faults().items())
-            ]
             missing = ", ".join(cluster.missing)
-            raise KproxyError("\n".join([f"within {seconds:g} s these could not be read: {missing}", *reasons]))
+            said = [f"within {seconds:g} s these could not be read: {missing}", *_faultsOf(sources)]
+            raise KproxyError("\n".join(said))
+        return _faultsOf(sources)
     finally:
         if timer.active():
             timer.cancel()
         for source in sources:
             await maybeDeferred(source.stopService)
+
+
+def _faultsOf(sources: Iterable[ISource]) -> list[str]:
+    return [f"{source.name}: {what}: {why}" for source in sources for what, why in sorted(source.faults().items())]
 
 
 async def _inForce(

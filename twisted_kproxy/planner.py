@@ -160,20 +160,25 @@ class PlanText:
         self._found = found
         self._uncompared = uncompared
         self._unknown = {
-            Guard(it.pool.port.family, it.pool.port.protocol, it.port) for it in plan.listeners if not it.known
+            Guard(it.pool.port.family, it.pool.port.protocol, it.port): it.pool
+            for it in plan.listeners
+            if not it.known
         }
 
-    def lines(self, problems: Iterable[Problem] = ()) -> Iterator[str]:
-        """:param problems: what is not served of objects, and which wait for what others own."""
+    def lines(self, problems: Iterable[Problem] = (), unread: Iterable[str] = ()) -> Iterator[str]:
+        """
+        :param problems: what is not served of objects, and which wait for what others own.
+        :param unread: what cannot be read, and so is not in the plan.
+        """
         plan, ruleset = self._plan, self._plan.ruleset
+        yield from _section("Problems", [*unread, *(f"{it.kind} {it.key}: {it.reason}" for it in sorted(problems))])
         yield from _section("Listeners", [self._listener(it) for it in plan.listeners])
-        yield from _section("Rules", [f"{key} {self._rule(key, rule)}" for key, rule in _sorted(ruleset.rules)])
+        yield from _section("Rules", [f"{_shown(key)} {self._rule(key, rule)}" for key, rule in _sorted(ruleset.rules)])
         yield from _section("Guarded ports", [self._guard(it) for it in sorted(ruleset.guards)])
         yield from _section("ClusterIPs", sorted(ruleset.clusterIPs))
         yield "Addresses:"
         yield from (f"  {line}" for line in _locality(ruleset.locality))
         yield from _section("Not served", [f"{name}: {why}" for name, why in sorted(plan.notServed.items())])
-        yield from _section("Problems", [f"{it.kind} {it.key}: {it.reason}" for it in sorted(problems)])
         yield from self._comparison()
 
     def _comparison(self) -> Iterator[str]:
@@ -181,14 +186,15 @@ class PlanText:
             yield f"Not compared with the kernel: {self._uncompared}"
             return
         if self._found is None:
-            yield "The kernel has no rules of kproxy, or none that can be understood: all are written anew"
+            what = "all are written anew" if self._plan.ruleset.rules else "a table without rules is written"
+            yield f"The kernel has no rules of kproxy, or none that can be understood: {what}"
         found, wanted = self._found or Ruleset(), self._plan.ruleset
         differences = self._differences(found, wanted)
         yield from _section("Different in the kernel", [f"{sign} {text}" for sign, text in differences])
         counts = {sign: sum(it[0] == sign for it in differences) for sign in "+~-"}
         if differences:
             yield f"{counts['+']} to add, {counts['~']} to change, {counts['-']} to remove"
-        else:
+        elif self._found is not None:
             yield "nothing to do"
 
     def _differences(self, found: Ruleset, wanted: Ruleset) -> list[tuple[str, str]]:
@@ -198,12 +204,12 @@ class PlanText:
         for key in sorted(delta.rules):
             before, after = found.rules.get(key), delta.rules[key]
             if after is None and before is not None:
-                lines.append(("-", f"{key} {self._rule(key, before, old=True)}"))
+                lines.append(("-", f"{_shown(key)} {self._rule(key, before, old=True)}"))
             elif after is not None and before is None:
-                lines.append(("+", f"{key} {self._rule(key, after)}"))
+                lines.append(("+", f"{_shown(key)} {self._rule(key, after)}"))
             elif after is not None and before is not None:
                 was = self._rule(key, before, old=True)
-                lines.append(("~", f"{key} {self._rule(key, after)}; it is {was}"))
+                lines.append(("~", f"{_shown(key)} {self._rule(key, after)}; it is {was}"))
         lines += [("+", f"guarded port {self._guard(it)}") for it in sorted(delta.guardsAdded)]
         lines += [("-", f"guarded port {_plainGuard(it)}") for it in sorted(delta.guardsRemoved)]
         lines += [("+", f"ClusterIP {it}") for it in sorted(delta.clusterIPsAdded)]
@@ -223,7 +229,7 @@ class PlanText:
 
     def _guard(self, it: Guard) -> str:
         if it in self._unknown:
-            return f"{self._anyPort()}/{it.protocol}/{it.family}"
+            return f"{self._anyPort()}, for {self._unknown[it]}"
         return _plainGuard(it)
 
     def _rule(self, key: FrontendKey, rule: Rule, old: bool = False) -> str:
@@ -240,6 +246,11 @@ class PlanText:
         if not old and Guard(key.family, key.protocol, verdict.port) in self._unknown:
             return f"-> {verdict.address}, {self._anyPort()}"
         return f"-> {Endpoint(verdict.address, verdict.port)}"
+
+
+def _shown(key: FrontendKey) -> str:
+    """An address tells its family; a node port is one of each family's."""
+    return str(key) if key.address else f"{key}/{key.family}"
 
 
 def _plainGuard(it: Guard) -> str:

@@ -41,6 +41,7 @@ class Report:
     :param about: facts that do not change: version, node name, mode.
     :param dataplane: gives the dataplane, ``None`` before there is one; the same for ``syncer``.
     :param failing: says which of some endpoints of a service port have failed and not answered since.
+    :param stopping: whether the daemon is about to end, and refuses new clients.
     :param relay: what carries the bytes of connections says of itself.
     """
 
@@ -54,6 +55,7 @@ class Report:
         syncer: Callable[[], _Syncer | None],
         failing: Callable[[ServicePortName, tuple[Endpoint, ...]], Mapping[str, Any]],
         relay: Callable[[], Mapping[str, Any]],
+        stopping: Callable[[], bool],
     ) -> None:
         self._about = about
         self._cluster = cluster
@@ -63,6 +65,7 @@ class Report:
         self._syncer = syncer
         self._failing = failing
         self._relay = relay
+        self._stopping = stopping
 
     def parts(self) -> dict[str, Callable[[], Any]]:
         """Name on the page → what makes it."""
@@ -80,10 +83,12 @@ class Report:
 
     def sync(self) -> dict[str, Any]:
         """Whether what should be is in force."""
-        syncer = self._syncer()
+        syncer, stopping = self._syncer(), self._stopping()
+        applied = self._cluster.settled and syncer is not None and syncer.applied is self._cluster.latest
         return {
             "waitingFor": self._cluster.missing,
-            "inForce": self._cluster.settled and syncer is not None and syncer.applied is self._cluster.latest,
+            "inForce": applied and not stopping,
+            "stopping": stopping,
             "failuresInARow": syncer.failures if syncer else 0,
             "running": syncer is not None and syncer.outFor > 0,
             "objects": self._cluster.counts(),

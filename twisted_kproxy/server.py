@@ -160,7 +160,7 @@ class ProxyServer(MultiService):
         about = {"version": __version__, "node": config.nodeName, "mode": config.mode, "policy": config.policy}
         report = Report(
             about, self.cluster, lambda: self.sources, self.balancer, lambda: self.dataplane, lambda: self.syncer,
-            self.failures.status, self._relaying,
+            self.failures.status, self._relaying, lambda: self._stopping,
         )
         health = healthPages(self.health.health, self.metrics.healthAnswered)
         pages = {
@@ -344,8 +344,9 @@ class ProxyServer(MultiService):
         byApi = any(it.name == source and it.type == "api" for it in self._config.sources)
         if byApi and self.cluster.node is None:
             self.log.warn(
-                "Source {source} has no Node {node}: no endpoint counts as local, and /healthz says 503. "
-                "If the node has another name there, set node-name in section [kproxy]",
+                "Source {source} has no Node {node}: endpoints count as local by nodeName {node} alone, zone and "
+                "podCIDRs of the node are not known, and /healthz says 503. If the node has another name there, set "
+                "node-name in section [kproxy]",
                 source=source, node=self._config.nodeName,
             )
             self.health.nodeChanged(None)

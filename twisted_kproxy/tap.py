@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, TextIO, cast
+from typing import Any, TextIO, TypeAlias, cast
 
 from twisted.application.service import IService, MultiService
 from twisted.internet.defer import Deferred, maybeDeferred
@@ -28,6 +28,8 @@ from .reactor import installIfFree
 
 DEFAULT_CONFIG = "/etc/kproxy/kproxy.ini"
 CAP_NET_ADMIN = 12
+#: lines for standard output, and what is wrong, for standard error
+_Result: TypeAlias = tuple[list[str], list[str]]
 
 
 class Options(usage.Options):
@@ -105,7 +107,7 @@ def check(config: Config) -> int:
     faults = checkFiles(config, faultsOf, access=access)
     # Only now: reading credentials has registered what must not be shown.
     _print(logs.redacted(render(config)).rstrip("\n"))
-    for line in (*(f"warning: {it}" for it in warnings), *faults):
+    for line in (*(f"warning: {it}" for it in warnings), *(faults or ["no faults"])):
         _print(logs.redacted(line), sys.stderr)
     return 1 if faults else 0
 
@@ -143,13 +145,18 @@ def runCleanup(
         from .assembly import cleanup as removeAll
 
         cleanup = removeAll
-    return _runUntilDone("cleanup", cleanup, reactor, "There was nothing of kproxy to remove.")
+    remove = cleanup
+
+    def work(reactor: Any) -> Deferred[_Result]:
+        return remove(reactor).addCallback(lambda lines: (lines or ["There was nothing of kproxy to remove."], []))
+
+    return _runUntilDone("cleanup", work, reactor)
 
 
 def runPlan(
     config: Config,
     reactor: Any = None,
-    plan: Callable[[Any, Config, bool], Deferred[list[str]]] | None = None,
+    plan: Callable[[Any, Config, bool], Deferred[_Result]] | None = None,
     mayRead: bool | None = None,
 ) -> int:
     """
@@ -166,11 +173,10 @@ def runPlan(
     return _runUntilDone("plan", lambda reactor: ask(reactor, config, may), reactor)
 
 
-def _runUntilDone(what: str, work: Callable[[Any], Deferred[list[str]]], reactor: Any, nothing: str = "") -> int:
+def _runUntilDone(what: str, work: Callable[[Any], Deferred[_Result]], reactor: Any) -> int:
     """
-    Run a reactor until that is done, and print the lines that come of it.
+    Run a reactor until that is done, and print what comes of it.
 
-    :param nothing: to be printed where there are none.
     :return: the exit code.
     """
     if reactor is None:
@@ -178,9 +184,12 @@ def _runUntilDone(what: str, work: Callable[[Any], Deferred[list[str]]], reactor
     useMonotonicClock(reactor)
     result: list[int] = []
 
-    def done(lines: list[str]) -> None:
-        _print(logs.redacted("\n".join(lines)) if lines else nothing)
-        result.append(0)
+    def done(come: _Result) -> None:
+        lines, faults = come
+        _print(logs.redacted("\n".join(lines)))
+        if faults:
+            _print(logs.redacted("\n".join(faults)), sys.stderr)
+        result.append(1 if faults else 0)
 
     def failed(failure: Failure) -> None:
         words = failure.getErrorMessage()

@@ -221,7 +221,7 @@ table.shown(
     "KEP-3836",
     "unit.test_status.test_eligibleNode",
     "unit.test_status.test_ineligibleNode",
-    why="A Node that no source has is eligible: sources may be files.",
+    why="A Node that no source has is eligible only where all sources are files.",
 )
 table.shown("livez", "/livez: the same without the node", "KEP-3836", "unit.test_status.test_ineligibleNode")
 table.shown(

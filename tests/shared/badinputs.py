@@ -264,7 +264,7 @@ SLICES: tuple[Bad, ...] = (
     _badSlice("endpoints text", goodSlice(endpoints="all"), " must be a list, and is "),
     _slice("no ports", goodSlice(ports=[]), ()),
     _slice("ports null", goodSlice(ports=None), ()),
-    _slice("port name null", _slicePort(name=None), (), "a port without name is ignored"),
+    _slice("port name null", _slicePort(name=None), (), "a port without name is ignored", onlyServer=True),
     _slice("port number null", _slicePort(port=None), (), "port 'http' has no usable number (None)"),
     _slice("port number 0", _slicePort(port=0), (), "port 'http' has no usable number (0)"),
     _slice("port number 70000", _slicePort(port=70000), (), "port 'http' has no usable number (70000)"),

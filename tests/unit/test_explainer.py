@@ -15,7 +15,7 @@ from twisted_kproxy.cluster import Cluster
 from twisted_kproxy.core import wire
 from twisted_kproxy.core.changes import Update
 from twisted_kproxy.core.locality import NodeSettings
-from twisted_kproxy.core.values import Change, PoolName, Replaced, ServiceMap
+from twisted_kproxy.core.values import Change, PoolName, Rejected, Replaced, ServiceMap
 from twisted_kproxy.explainer import Explainer
 from twisted_kproxy.web.site import makeSite
 from twisted_kproxy.web.status import explainPage, tree
@@ -42,12 +42,13 @@ class ExplainTests(SynchronousTestCase):
         self.site.doStart()
         self.addCleanup(self.site.doStop)
         self.userspace = True
+        self.stopping: dict[str, bool] = {}
 
     def explainer(self) -> Explainer:
         return Explainer(
             self.cluster,
             applied=lambda: self.applied,
-            sync=lambda: {"inForce": self.applied is self.cluster.latest},
+            sync=lambda: {"inForce": self.applied is self.cluster.latest, **self.stopping},
             boundTo=self.balancer.boundTo,
             failing=lambda port, endpoints: {k: v for k, v in self.failing.items() if k in map(str, endpoints)},
             dataplane=lambda: self.dataplane,
@@ -88,6 +89,25 @@ class ExplainTests(SynchronousTestCase):
         answer = self.request(query)
         self.assertEqual(answer.code, 200, answer.body)
         return answer.json()
+
+    def test_stopping(self) -> None:
+        """While the daemon stops, nothing of what would hold does; what it never served is none of its business."""
+        self.shop()
+        self.stopping = {"stopping": True}
+        for query in (f"?from={POD}&to=10.96.0.10:80", "?service=shop/web"):
+            found = self.ask(query)
+            for it in (*found["answers"], *found["servicePorts"]):
+                self.assertEqual(it["notServed"], "kproxy is stopping")
+            self.assertEqual({it["inForce"] for it in found["answers"]}, {False})
+            self.assertTrue(found["sync"]["stopping"])
+        (answer,) = self.ask(f"?from={POD}&to=8.8.8.8:80")["answers"]
+        self.assertEqual((answer.get("notServed"), answer["inForce"]), (None, True))
+
+    def test_unreadable(self) -> None:
+        """A Service that a source has, and that cannot be read, is not one that nobody has."""
+        self.cluster.say(Rejected("local", "Service", "shop/bad", "it has no spec"))
+        found = self.ask("?service=shop/bad")
+        self.assertEqual(found["notServed"], "source local has it, but it cannot be read: it has no spec")
 
     def test_clusterIP(self) -> None:
         """The whole answer for one client."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from twisted.application.service import Service
@@ -10,7 +11,7 @@ from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
 from tests.builders import member, service, slice_
-from twisted_kproxy.config import ApiOptions, Config
+from twisted_kproxy.config import ApiOptions, Config, FilesOptions
 from twisted_kproxy.core import wire
 from twisted_kproxy.core.rules import Guard, Rule, Ruleset, Target
 from twisted_kproxy.core.values import FrontendKey, Replaced
@@ -33,6 +34,8 @@ class Source(Service):
     def __init__(self, clock: Clock, channel: Any, objects: list[Any], name: str = "local", delay: float = 0) -> None:
         self.name = name
         self.stops = 0
+        self.broken: dict[str, str] = {}
+        self.rejected: dict[str, str] = {}
         self._speaking = self._spoke = False
         self._clock, self._channel, self._objects, self._delay = clock, channel, objects, delay
 
@@ -49,7 +52,8 @@ class Source(Service):
         self._speaking = True
         for kind in self.kinds:
             objects = {wire.keyOf(it.metadata): it for it in self._objects if type(it).__name__ == kind}
-            self._channel.say(Replaced(self.name, kind, objects))  # type: ignore[arg-type]
+            rejected = self.rejected if kind == "Service" else {}
+            self._channel.say(Replaced(self.name, kind, objects, rejected))  # type: ignore[arg-type]
         self._speaking, self._spoke = False, True
 
     def stopService(self) -> Any:
@@ -58,7 +62,7 @@ class Source(Service):
         return super().stopService()
 
     def faults(self) -> dict[str, str]:
-        return {} if self._spoke else {"Service": "connection refused"}
+        return self.broken if self._spoke else {"Service": "connection refused"}
 
 
 class PlanTests(SynchronousTestCase):
@@ -69,16 +73,21 @@ class PlanTests(SynchronousTestCase):
         self.writer: Any = MemoryWriter(inForce=LEFT)
         self.sources: list[Source] = []
         self.delay = 0.0
+        self.broken: dict[str, str] = {}
+        self.rejected: dict[str, str] = {}
+        self.faults: list[str] = []
         self.config = Config(path="", nodeName="n0")
 
     def makeSources(self, reactor: Any, config: Config, channel: Any) -> list[Source]:
-        self.sources = [Source(self.clock, channel, [service(), slice_(member("10.1.0.1"))], delay=self.delay)]
+        objects = [service(), slice_(member("10.1.0.1"))]
+        self.sources = [Source(self.clock, channel, objects, delay=self.delay)]
+        self.sources[0].broken, self.sources[0].rejected = self.broken, self.rejected
         return self.sources
 
     def choose(self, reactor: Any, config: Config) -> Deferred[Any]:
         return succeed(self.writer)
 
-    def ask(self, mayRead: bool = True, choose: Any = None) -> Deferred[list[str]]:
+    def ask(self, mayRead: bool = True, choose: Any = None) -> Deferred[tuple[list[str], list[str]]]:
         makers: Any = {"sources": self.makeSources, "choose": choose or self.choose}
         return plan(
             self.clock, self.config, mayRead, **makers,
@@ -89,9 +98,10 @@ class PlanTests(SynchronousTestCase):
         fired = self.ask(**how)
         self.clock.advance(self.delay)
         self.clock.advance(0)
-        found: list[str] = self.successResultOf(fired)
+        found, self.faults = self.successResultOf(fired)
         self.assertEqual([it.stops for it in self.sources], [1])
         self.assertEqual(self.clock.getDelayedCalls(), [])
+        assert isinstance(found, list)
         return found
 
     def test_nothingToDo(self) -> None:
@@ -150,4 +160,30 @@ class PlanTests(SynchronousTestCase):
     def test_nodeUnknown(self) -> None:
         """An API server that does not know this node: nothing will be local."""
         self.config = Config(path="", nodeName="n0", sources=(ApiOptions("c"),))
-        self.assertEqual(self.lines()[1], "No source has a Node n0: no endpoint counts as local")
+        self.assertIn("No source has a Node n0: endpoints count as local by nodeName n0 alone", self.lines()[1])
+
+    def test_brokenFile(self) -> None:
+        """What a source cannot read is told on top, with what a daemon makes of it; the rest is planned."""
+        self.broken = {"a.yaml": "line 3: is no YAML"}
+        lines = self.lines()
+        told = "local: a.yaml: line 3: is no YAML (a daemon that runs keeps its last good content)"
+        self.assertEqual(lines[1:3], ["Problems (1):", f"  {told}"])
+        self.assertEqual(self.faults, ["kproxy: not in the plan: local: a.yaml: line 3: is no YAML"])
+        self.assertEqual(lines[-1], "nothing to do")
+
+    def test_badObject(self) -> None:
+        """An object that cannot be read is told on top, too."""
+        self.rejected = {"shop/bad": "it has no spec"}
+        self.assertEqual(self.lines()[1:3], ["Problems (1):", "  Service shop/bad cannot be read: it has no spec"])
+        self.assertEqual(self.faults, [])
+
+    def test_missingFolder(self) -> None:
+        """A folder that is not there is told at once."""
+        path = os.path.abspath(self.mktemp())
+        self.config = Config(path="", nodeName="n0", sources=(FilesOptions("local", path=path),))
+        error = self.failureResultOf(self.ask(), KproxyError)
+        self.assertEqual(
+            error.getErrorMessage(),
+            f"[source:local] path = {path}: does not exist; a daemon that runs keeps its last good content",
+        )
+        self.assertEqual((self.sources, self.writer.history), ([], []))

@@ -131,7 +131,7 @@ class ComparisonTests(SynchronousTestCase):
         services = ServiceMap({WEB.name: web}, locality=Locality(insiders=("10.244.0.0/16",)))
         self.assertEqual(compare(services, LEFT), [
             "Different in the kernel (5):",
-            "  ~ node:30080/TCP inside -> 192.0.2.7:41000, outside drop; "
+            "  ~ node:30080/TCP/IPv4 inside -> 192.0.2.7:41000, outside drop; "
             "it is inside -> 192.0.2.7:41000, outside -> 192.0.2.7:41001",
             "  ~ 10.96.0.10:80/TCP -> 192.0.2.7:41000, only from 203.0.113.0/24; it is -> 192.0.2.7:41000",
             "  - guarded port 41001/TCP/IPv4",
@@ -144,7 +144,7 @@ class ComparisonTests(SynchronousTestCase):
         """Nothing is to be served."""
         self.assertEqual(compare(serviceMap(), LEFT), [
             "Different in the kernel (5):",
-            "  - node:30080/TCP inside -> 192.0.2.7:41000, outside -> 192.0.2.7:41001",
+            "  - node:30080/TCP/IPv4 inside -> 192.0.2.7:41000, outside -> 192.0.2.7:41001",
             "  - 10.96.0.10:80/TCP -> 192.0.2.7:41000",
             "  - guarded port 41000/TCP/IPv4",
             "  - guarded port 41001/TCP/IPv4",
@@ -162,17 +162,21 @@ class TextTests(SynchronousTestCase):
         sctp = servicePort(portName("sctp", protocol="SCTP"), frontends=[Frontend("ClusterIP", "10.96.0.11", 9)])
         plan = planner().plan(serviceMap(sctp, WEB), found)
         problems = [Problem("Service", "shop/b", "is bad"), Problem("Service", "shop/a", "is bad")]
-        self.assertEqual(list(PlanText(plan, found).lines(problems)), [
+        self.assertEqual(list(PlanText(plan, found).lines(problems, ["local: a.yaml: is no YAML"])), [
+            "Problems (3):",
+            "  local: a.yaml: is no YAML",
+            "  Service shop/a: is bad",
+            "  Service shop/b: is bad",
             "Listeners (2):",
             "  shop/web:http/TCP/IPv4/cluster: port 41000, where the rules lead now; 2 endpoints",
             "  shop/web:http/TCP/IPv4/local: any free port; 1 endpoint",
             "Rules (3):",
             "  10.96.0.11:9/SCTP reject",
-            "  node:30080/TCP inside -> 192.0.2.7:41000, outside -> 192.0.2.7, any free port",
+            "  node:30080/TCP/IPv4 inside -> 192.0.2.7:41000, outside -> 192.0.2.7, any free port",
             "  10.96.0.10:80/TCP -> 192.0.2.7:41000",
             "Guarded ports (2):",
             "  41000/TCP/IPv4",
-            "  any free port/TCP/IPv4",
+            "  any free port, for shop/web:http/TCP/IPv4/local",
             "ClusterIPs (2):",
             "  10.96.0.10",
             "  10.96.0.11",
@@ -183,13 +187,10 @@ class TextTests(SynchronousTestCase):
             "  service networks: none",
             "Not served (1):",
             "  shop/sctp:http/SCTP/IPv4: SCTP is not served in userspace mode; its clients are refused",
-            "Problems (2):",
-            "  Service shop/a: is bad",
-            "  Service shop/b: is bad",
             "Different in the kernel (5):",
             "  + 10.96.0.11:9/SCTP reject",
-            "  + node:30080/TCP inside -> 192.0.2.7:41000, outside -> 192.0.2.7, any free port",
-            "  + guarded port any free port/TCP/IPv4",
+            "  + node:30080/TCP/IPv4 inside -> 192.0.2.7:41000, outside -> 192.0.2.7, any free port",
+            "  + guarded port any free port, for shop/web:http/TCP/IPv4/local",
             "  + ClusterIP 10.96.0.10",
             "  + ClusterIP 10.96.0.11",
             "5 to add, 0 to change, 0 to remove",
@@ -205,6 +206,15 @@ class TextTests(SynchronousTestCase):
         lines = list(PlanText(plan, None, "no right").lines())
         self.assertEqual(lines[-1], "Not compared with the kernel: no right")
         self.assertNotIn(words, lines)
+
+    def test_kernelUnknownNothingWanted(self) -> None:
+        """Where the kernel has nothing, and nothing is to be served, one thing is said of that."""
+        lines = list(PlanText(planner().plan(serviceMap(), None)).lines())
+        self.assertEqual(
+            lines[-1],
+            "The kernel has no rules of kproxy, or none that can be understood: a table without rules is written",
+        )
+        self.assertNotIn("nothing to do", lines)
 
     def test_cannotRender(self) -> None:
         """A service port whose rules cannot be made is named; the others are planned."""

@@ -45,10 +45,11 @@ class ReportTests(SynchronousTestCase):
         self.cluster = Cluster("n0")
         self.cluster.expect("local", ("Service", "EndpointSlice"))
         self.syncer = Syncer()
+        self.stopping = False
         self.report = Report(
             {"version": "1"}, self.cluster, lambda: [Source()], Balancer(), lambda: None,  # type: ignore[arg-type,list-item]
             lambda: self.syncer, lambda port, endpoints: {str(it): {"failures": 1} for it in endpoints[:1]},
-            lambda: {"engine": "python", "active": 3},
+            lambda: {"engine": "python", "active": 3}, lambda: self.stopping,
         )
 
     def put(self, it: Any, kind: Any) -> None:
@@ -88,6 +89,14 @@ class ReportTests(SynchronousTestCase):
         self.assertFalse(self.cluster.settled)
         self.syncer.applied = self.cluster.current()
         self.assertTrue(self.page()["sync"]["inForce"])
+
+    def test_stopping(self) -> None:
+        """Once the daemon stops nothing is in force any more."""
+        self.syncer.applied = self.cluster.current()
+        self.assertFalse(self.page()["sync"]["stopping"])
+        self.stopping = True
+        sync = self.page()["sync"]
+        self.assertEqual((sync["stopping"], sync["inForce"]), (True, False))
 
     def test_problems(self) -> None:
         """Files that cannot be read stand beside parts of objects that are not served."""

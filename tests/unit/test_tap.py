@@ -94,9 +94,10 @@ class OptionsTests(TapCase):
     def test_check(self) -> None:
         """--check shows what is in force on standard output, as ini text that is good itself."""
         self.assertEqual(self.exits("--check", "--config", self.path), 0)
-        self.assertEqual(self.err.getvalue(), "")
+        self.assertEqual(self.err.getvalue(), "no faults\n")
         shown = self.out.getvalue()
         self.assertIn("[userspace]\nconnect-timeouts = 250ms 500ms 1s 2s\n", shown)
+        self.assertIn("tcp-established-timeout = 24h\ntcp-close-wait-timeout = 1h\n", shown)
         self.write(shown)
         self.parse("--config", self.path)
 
@@ -310,11 +311,11 @@ class CleanupTests(TapCase):
 class RunPlanTests(TapCase):
     """Showing what a run would do."""
 
-    def plan(self, result: Deferred[list[str]], mayRead: bool = True) -> int:
+    def plan(self, result: Deferred[tuple[list[str], list[str]]], mayRead: bool = True) -> int:
         self.capture()
         self.asked: list[Any] = []
 
-        def plan(reactor: Any, config: Config, may: bool) -> Deferred[list[str]]:
+        def plan(reactor: Any, config: Config, may: bool) -> Deferred[tuple[list[str], list[str]]]:
             self.asked.append((config, may))
             return result
 
@@ -322,14 +323,19 @@ class RunPlanTests(TapCase):
 
     def test_lines(self) -> None:
         """The lines are printed; that something differs is no failure."""
-        self.assertEqual(self.plan(succeed(["+ a", "1 to add"])), 0)
+        self.assertEqual(self.plan(succeed((["+ a", "1 to add"], []))), 0)
         self.assertEqual(self.out.getvalue(), "+ a\n1 to add\n")
         self.assertEqual(self.asked, [(Config(path="x"), True)])
 
     def test_noRight(self) -> None:
         """Without the right to read rules it goes on without them."""
-        self.assertEqual(self.plan(succeed(["a"]), mayRead=False), 0)
+        self.assertEqual(self.plan(succeed((["a"], [])), mayRead=False), 0)
         self.assertEqual(self.asked, [(Config(path="x"), False)])
+
+    def test_incomplete(self) -> None:
+        """What is not in the plan since it cannot be read makes a failure of it."""
+        self.assertEqual(self.plan(succeed((["+ a"], ["local: b.yaml: is no YAML"]))), 1)
+        self.assertEqual((self.out.getvalue(), self.err.getvalue()), ("+ a\n", "local: b.yaml: is no YAML\n"))
 
     def test_unreadable(self) -> None:
         """Sources that cannot be read are told, and make a failure."""
@@ -358,6 +364,19 @@ class RunPlanTests(TapCase):
         )
         self.assertEqual((done.returncode, done.stderr), (0, ""))
         self.assertIn("  10.96.0.10:80/TCP reject\n", done.stdout)
+        Path(self.folder, "services.d", "bad.yaml").write_text("[")
+        Path(self.folder, "services.d", "odd.yaml").write_text(yaml.safe_dump(manifest("odd", port="eighty")))
+        done = subprocess.run(
+            [TWISTD, "kproxy", "--config", self.path, "--plan"], capture_output=True, text=True, cwd=self.folder,
+            timeout=60,
+        )
+        self.assertEqual(done.returncode, 1)
+        self.assertIn("not in the plan: local: bad.yaml: line ", done.stderr)
+        lines = done.stdout.splitlines()
+        self.assertEqual(lines[1], "Problems (2):")
+        self.assertIn("(a daemon that runs keeps its last good content)", lines[2])
+        self.assertIn("odd cannot be read: spec.ports[0].port must be a number, and is text", lines[3])
+        self.assertIn("  10.96.0.10:80/TCP reject", lines)
         self.assertIn("Not compared with the kernel", done.stdout)
 
 
@@ -507,7 +526,7 @@ class TwistdTests(TapCase):
     def test_check(self) -> None:
         """twistd kproxy --check ends with 0, in the foreground, and leaves nothing behind."""
         done = self.twistd("kproxy", "--check", "--config", "kproxy.ini")
-        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        self.assertEqual((done.returncode, done.stderr), (0, "no faults\n"))
         self.assertIn(f"path = {self.folder}/services.d\n", done.stdout)
         self.assertEqual(sorted(os.listdir(self.folder)), ["kproxy.ini", "services.d"])
 

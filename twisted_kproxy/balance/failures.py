@@ -14,6 +14,7 @@ from twisted.logger import Logger
 from zope.interface import implementer
 
 from ..core.values import Endpoint, Outcome, PoolName, ServicePortName
+from ..core.wording import counted
 from ..interfaces import ITrafficObserver
 
 #: an endpoint is in the log at most so often, in seconds
@@ -79,10 +80,10 @@ class EndpointFailures:
         it.count += 1
         if it.saidAt is None or now - it.saidAt >= SILENCE:
             self.log.warn(
-                "Endpoint {endpoint} of {port} {words} ({count} failed tries since it last answered); "
+                "Endpoint {endpoint} of {port} {words} ({tries} since it last answered); "
                 "its clients are led to others",
                 endpoint=str(endpoint), port=str(pool.port), words=_WORDS.get(reason, "fails"), count=it.count,
-                reason=reason,
+                tries=counted(it.count, "failed try", "failed tries"), reason=reason,
             )
             it.saidAt = now
         self._following.missed(pool, endpoint, reason)

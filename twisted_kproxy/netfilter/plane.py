@@ -13,6 +13,7 @@ from zope.interface import implementer
 from ..core.changes import Update
 from ..core.rules import Delta, Guard, Rule, Ruleset, portInForce
 from ..core.values import FrontendKey, Locality, ServiceMap, ServicePort, ServicePortName
+from ..core.wording import counted
 from ..interfaces import IRulePlane, IRuleWriter, RulesNotJudged, RulesRejected
 from .flowkeeper import FlowKeeper
 from .isolate import Isolation, Unit
@@ -86,7 +87,8 @@ class RulePlane:
             self.log.warn("What an earlier run has left could not be read: {error}.", error=error)
         if self._found is not None:
             self._rules = dict(self._found.rules)
-            self.log.info("{count} rules of an earlier run are in force.", count=len(self._rules))
+            count, are = len(self._rules), "is" if len(self._rules) == 1 else "are"
+            self.log.info("{what} of an earlier run {are} in force.", what=counted(count, "rule"), are=are, count=count)
         self._writer.watch(self._seenForeign)
 
     def onUpdate(self, update: Update) -> Deferred[None]:

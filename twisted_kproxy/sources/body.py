@@ -74,7 +74,7 @@ class Body(Protocol):
             return
         if not isinstance(reason.value, ResponseDone):
             # PotentialDataLoss too: an answer without length or chunks ends with its connection, complete or not.
-            done.errback(errors.brokenOff(reason.value))
+            done.errback(errors.brokenOff(reason))
             return
         try:
             if self._inflater is not None:

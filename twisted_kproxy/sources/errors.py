@@ -14,6 +14,7 @@ import msgspec
 from OpenSSL import SSL
 from service_identity import CertificateError, VerificationError
 from twisted.internet import error as neterror
+from twisted.python.failure import Failure
 from twisted.web.client import RequestGenerationFailed, RequestTransmissionFailed, ResponseFailed
 from twisted.web.http import PotentialDataLoss
 
@@ -206,13 +207,13 @@ def why(error: BaseException | None) -> str:
     return ", ".join(dict.fromkeys(_named(cause) for cause in _causes(error)))
 
 
-def brokenOff(error: BaseException) -> ConnectionLost:
+def brokenOff(reason: Failure) -> ConnectionLost:
     """The end of an answer that is not complete, or cannot be known to be."""
-    causes = _causes(error)
+    causes = _causes(reason.value) if reason.value is not None else []
     if any(isinstance(cause, (SSL.Error, VerificationError)) for cause in causes) or not any(
         isinstance(cause, (neterror.ConnectionLost, neterror.ConnectionDone, PotentialDataLoss)) for cause in causes
     ):
-        return ConnectionLost(f"the answer broke off: {why(error)}")
+        return ConnectionLost(f"the answer broke off: {why(reason.value)}")
     return ConnectionLost("the server closed the connection")
 
 

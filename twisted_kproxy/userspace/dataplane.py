@@ -28,6 +28,7 @@ from ..core.values import (
     ServicePort,
     ServicePortName,
 )
+from ..core.wording import counted
 from ..interfaces import IDataplane, ILoadBalancer, IProxier, IRulePlane, ITrafficObserver, KproxyError
 from .ports import PortRange
 from .redirect import (
@@ -400,7 +401,8 @@ class UserspaceDataplane:
 
     def _drainOver(self) -> None:
         left = sum(int(it.status().get("active", 0)) for it in self._draining)
-        self.log.warn("The drain time is over; {left} connections are cut.", left=left)
+        are = "is" if left == 1 else "are"
+        self.log.warn("The drain time is over; {what} {are} cut.", what=counted(left, "connection"), are=are, left=left)
         Deferred.fromCoroutine(self._cut()).addErrback(self._unexpected)
 
     async def _cut(self) -> None:
