@@ -226,7 +226,7 @@ table.shown(
 table.shown("livez", "/livez: the same without the node", "KEP-3836", "unit.test_status.test_ineligibleNode")
 table.shown(
     "metrics",
-    "/metrics with kubeproxy_… names and labels, and what kube-proxy has none of: per Service",
+    "/metrics with ``kubeproxy_…`` names and labels, and what kube-proxy has none of: per Service",
     "kubernetes pkg/proxy/metrics",
     "unit.test_metrics.test_buckets",
     "unit.test_metrics.test_noLocalEndpoints",

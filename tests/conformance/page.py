@@ -15,11 +15,14 @@ Conformance
 """
 ABOUT = (
     "What a service proxy of Kubernetes has to do, rule by rule, and what kproxy does. The rules are those of"
-    " kube-proxy and of the KEPs and files that are named. Of {rules} rules {works} hold, {differs} hold with a"
-    " difference that is told, and {out} are left out for a reason.",
-    "*Packets*: so many connections are traced through the rules as each writer ({writers}) writes them, {flows} in"
-    " all; where there is a *k*, some of them are also made through the real kernel, with each writer. Rules without a"
-    " number are shown by other tests.",
+    " kube-proxy and of the KEPs and files that are named. Of {rules} rules {works} hold (*yes*), {differs} hold with a"
+    " difference that is told (*differs*), and {out} are left out for a reason (*left out*). Flags of kube-proxy are"
+    " counted apart: of {flags} rows {flagsWork} have a key of the configuration or need none, {flagsDiffer} differ,"
+    " and {flagsOut} are left out.",
+    "In italics behind each rule is where it comes from: a KEP, a test or file of Kubernetes, an issue. *Packets*: so"
+    " many connections are traced through the rules as each writer ({writers}) writes them, {flows} in all; where there"
+    " is a *k* (kernel), some of them are also made through the real kernel, with each writer. Rules without a number"
+    " are shown by other tests.",
 )
 
 
@@ -30,19 +33,24 @@ def page(rows: Iterable[Row], writers: Iterable[str]) -> str:
     for row in every:
         merged.setdefault(row.name, []).append(row)
     firsts = [group[0] for group in merged.values()]
-
-    def count(verdict: str) -> int:
-        return sum(it.verdict == verdict for it in firsts)
+    rules = [it for it in firsts if not _isFlag(it)]
+    flags = [it for it in firsts if _isFlag(it)]
 
     numbers = {
-        "rules": len(firsts),
-        "works": count("works"),
-        "differs": count("differs"),
-        "out": count("left out"),
+        "rules": len(rules),
+        "works": _count(rules, "works"),
+        "differs": _count(rules, "differs"),
+        "out": _count(rules, "left out"),
+        "flags": len(flags),
+        "flagsWork": _count(flags, "works"),
+        "flagsDiffer": _count(flags, "differs"),
+        "flagsOut": _count(flags, "left out"),
         "flows": sum(len(row.flows) for row in every),
         "writers": ", ".join(writers),
     }
     text = [HEAD, "\n".join(f"{fill(it.format(**numbers), 119)}\n" for it in ABOUT)]
+    text += _summary("What differs", (it for it in rules if it.verdict == "differs"))
+    text += _summary("What is left out", (it for it in rules if it.verdict == "left out"))
     for topic in dict.fromkeys(row.topic for row in firsts):
         text.append(f"\n{topic}\n{'-' * len(topic)}\n")
         text.append(".. list-table::\n   :widths: 50 8 42\n   :header-rows: 1\n\n")
@@ -51,6 +59,21 @@ def page(rows: Iterable[Row], writers: Iterable[str]) -> str:
             if group[0].topic == topic:
                 text.append(_row(name, group))
     return "".join(text)
+
+
+def _isFlag(row: Row) -> bool:
+    return row.title.startswith("``--")
+
+
+def _count(rows: Iterable[Row], verdict: str) -> int:
+    return sum(it.verdict == verdict for it in rows)
+
+
+def _summary(title: str, rows: Iterable[Row]) -> Iterable[str]:
+    """What an operator looks for first; the reasons of flags stand with these."""
+    yield f"\n{title}\n{'-' * len(title)}\n"
+    for it in rows:
+        yield fill(f"- {it.title} — {it.why.rstrip('.')}", 119, subsequent_indent="  ", break_on_hyphens=False) + "\n"
 
 
 def _row(name: str, group: list[Row]) -> str:
@@ -62,7 +85,8 @@ def _row(name: str, group: list[Row]) -> str:
     if row.verdict == "left out":
         said = f"*left out*: {why}"
     elif keys or not row.rule:
-        said = f"{keys}; {why}" if keys and why else keys or why
+        told = f"*differs*: {why}" if why else ""
+        said = f"{keys}; {told}" if keys and told else keys or told
     else:
         said = f"*differs*: {why}" if why else "yes"
     source = f" (*{row.rule}*)" if row.rule else ""
