@@ -11,7 +11,7 @@ PY := .venv/bin/python
 help:
 	@echo "make demo         a node in network namespaces, served by kproxy; root; ends with Ctrl-C"
 	@echo "make demo ONCE=1  the same, once through and out: some seconds"
-	@echo "make test         every test: unit, integration, packaging; about 4 minutes"
+	@echo "make test         every test: unit, integration, packaging; about 12 minutes"
 	@echo "make unit         the quick ones"
 	@echo "make lint         ruff, mypy, import contracts"
 	@echo "make bench        measurements"
