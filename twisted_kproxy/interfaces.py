@@ -102,7 +102,7 @@ class ISource(IService):
         """JSON-able facts for operators: where it reads, its state in words, the last error. No secrets."""
 
     def faults() -> Mapping[str, str]:
-        """What it cannot read now, and why: file or kind → reason. What was read of it before goes on to count."""
+        """What it cannot read now, and why: file, folder or kind → reason. What was read of it before counts on."""
 
 
 class IEventRecorder(Interface):

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from twisted.internet.error import ConnectionRefusedError
+from twisted.internet.error import ConnectionLost, ConnectionRefusedError
 from twisted.internet.task import Clock
 from twisted.logger import globalLogPublisher
+from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
+from twisted.web.client import ResponseFailed
+from twisted.web.http import PotentialDataLoss
 
 from tests.shared.reflectors import ReflectorCase, bookmark, listOf
 from tests.unit.test_api import Rig
+from twisted_kproxy.sources import errors
 from twisted_kproxy.sources.contact import Contact, Outage
+from twisted_kproxy.sources.journal import Journal
 
 
 class Log:
@@ -160,3 +165,30 @@ class SourceTests(SynchronousTestCase):
         self.assertGreater(counters["retries"], 5)
         rig.source.stopService()
         self.assertEqual(rig.clock.getDelayedCalls(), [])
+
+
+class WordsTests(SynchronousTestCase):
+    """What is said of an error when it happens, in words that need no knowledge of Twisted."""
+
+    def test_words(self) -> None:
+        """Contact that was never there, that was lost, and a server that answers otherwise than with what it has."""
+        log = Log(self)
+        clock = Clock()
+        journal = Journal(clock, "main", "Service")
+        cut = errors.brokenOff(Failure(ResponseFailed([Failure(ConnectionLost()), Failure(PotentialDataLoss())])))
+        journal.error(cut)
+        clock.advance(61)
+        journal.agreed()
+        journal.error(cut)
+        journal.error(errors.Denied(403, "Forbidden", "no"))
+        self.assertEqual(log.texts("Source main"), [
+            "Source main: no contact yet for Services: the server closed the connection",
+            "Source main: lost contact for Services: the server closed the connection",
+            "Source main: cannot read Services: 403 Forbidden: no",
+        ])
+
+    def test_otherEnds(self) -> None:
+        """An answer that ends otherwise is told with what is known of it."""
+        self.assertEqual(str(errors.brokenOff(Failure(ValueError("odd")))), "the answer broke off: odd")
+        lost = errors.translated(ResponseFailed([Failure(ConnectionLost())]))
+        self.assertEqual(str(lost), "the server closed the connection before it had answered")

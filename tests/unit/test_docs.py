@@ -6,6 +6,7 @@ import io
 import re
 from pathlib import Path
 
+import yaml
 from docutils.core import publish_doctree
 from docutils.nodes import reference
 from twisted.trial.unittest import SynchronousTestCase
@@ -32,6 +33,17 @@ class DocsTests(SynchronousTestCase):
             targets = {it["refuri"] for it in tree.findall(reference) if "refuri" in it}
             for target in sorted(it for it in targets if ":" not in it):
                 self.assertTrue((page.parent / target.partition("#")[0]).is_file(), f"{page.name}: {target}")
+
+    def test_heredocs(self) -> None:
+        """What is to be pasted into kubectl is block YAML: a text that begins with a brace it takes for JSON."""
+        found = 0
+        for page in PAGES:
+            for text in re.findall(r"<<(?:EOF|END)\n(.*?)\n +(?:EOF|END)\n", page.read_text("utf-8"), re.DOTALL):
+                documents = list(yaml.safe_load_all(text))
+                self.assertTrue(all("kind" in it for it in documents), text)
+                self.assertFalse(text.lstrip().startswith("{"), text)
+                found += 1
+        self.assertGreaterEqual(found, 2)
 
     def test_links(self) -> None:
         """Pages are named by links."""

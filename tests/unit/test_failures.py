@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from twisted.internet.task import Clock
-from twisted.logger import globalLogPublisher
+from twisted.logger import formatEvent, globalLogPublisher
 from twisted.trial.unittest import SynchronousTestCase
 from zope.interface.verify import verifyObject
 
@@ -26,12 +26,14 @@ class FailuresTests(SynchronousTestCase):
         self.next = RecordingObserver()
         self.failures = EndpointFailures(self.clock, self.next)
         self.said: list[str] = []
+        self.lines: list[str] = []
         globalLogPublisher.addObserver(self.hear)
         self.addCleanup(globalLogPublisher.removeObserver, self.hear)
 
     def hear(self, event: dict[str, object]) -> None:
         if event.get("log_namespace", "").startswith("twisted_kproxy.balance"):  # type: ignore[attr-defined]
             self.said.append(str(event.get("reason", "well")))
+            self.lines.append(formatEvent(event))
 
     def miss(self, times: int = 1) -> None:
         for _ in range(times):
@@ -59,6 +61,11 @@ class FailuresTests(SynchronousTestCase):
         )
         self.failures.opened(POOL, DEAD, 0.1)
         self.assertEqual(self.failures.status(portName(), (DEAD, WELL)), {})
+
+    def test_one(self) -> None:
+        """One is no plural."""
+        self.miss()
+        self.assertIn("(1 failed try since it last answered)", self.lines[0])
 
     def test_logged(self) -> None:
         """The first failure is logged at once, then one line a minute, however many there are."""

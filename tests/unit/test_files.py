@@ -323,6 +323,11 @@ class FilesTests(FolderCase):
         expected = "4 objects are not for us: Deployment, Service.serving.knative.dev/v1"
         self.assertEqual(self.logged, [f"{self.path('a.yaml')}: {expected}"])
 
+    def test_oneOtherKind(self) -> None:
+        """One is no plural."""
+        self.start(a=yaml.safe_dump({"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": "x"}}))
+        self.assertEqual(self.logged, [f"{self.path('a.yaml')}: 1 object is not for us: Deployment"])
+
     def test_brokenFile(self) -> None:
         """A file that is no YAML keeps its last good content; file, line and reason are logged once."""
         self.start(a=service("web"), b=service("db"))

@@ -231,8 +231,8 @@ class ShippedTests(TapCase):
             {
                 *(("", "services", verb) for verb in ("list", "watch")),
                 *(("discovery.k8s.io", "endpointslices", verb) for verb in ("list", "watch")),
-                *(("", "nodes", verb) for verb in ("get", "list", "watch")),
-                *(("networking.k8s.io", "servicecidrs", verb) for verb in ("get", "list", "watch")),
+                *(("", "nodes", verb) for verb in ("list", "watch")),
+                *(("networking.k8s.io", "servicecidrs", verb) for verb in ("list", "watch")),
                 *(("events.k8s.io", "events", verb) for verb in ("create", "patch")),
             },
         )
