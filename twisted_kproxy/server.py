@@ -57,7 +57,7 @@ from .systemd import Notifier
 from .userspace.accesslog import AccessLog
 from .userspace.dataplane import UserspaceDataplane
 from .userspace.dial import Dialer
-from .userspace.engines.choose import chooseEngine
+from .userspace.engines.choose import chooseEngines
 from .userspace.engines.poller import Poller
 from .userspace.ports import Budget, PortRange, raiseLimit
 from .userspace.tcp import TcpProxier
@@ -213,7 +213,8 @@ class ProxyServer(MultiService):
         budget = Budget(reactor)
         forFlows = budget.share(UDP_SHARE)
         poller = Poller(reactor)
-        dialer, relay = Dialer(reactor, poller), chooseEngine(reactor, poller, config.engine, config.nativeThread)
+        dialer = Dialer(reactor, poller)
+        relay, sockets = chooseEngines(reactor, poller, config.engine, config.nativeThread)
 
         def makeTcp(reactor: Any, pool: PoolName, balancer: ILoadBalancer, observer: ITrafficObserver) -> IProxier:
             return TcpProxier(
@@ -223,7 +224,10 @@ class ProxyServer(MultiService):
             )
 
         def makeUdp(reactor: Any, pool: PoolName, balancer: ILoadBalancer, observer: ITrafficObserver) -> IProxier:
-            return UdpProxier(reactor, pool, balancer, observer, idleTimeout=config.udpIdleTimeout, budget=forFlows)
+            return UdpProxier(
+                reactor, pool, balancer, observer,
+                idleTimeout=config.udpIdleTimeout, budget=forFlows, sockets=sockets,
+            )
 
         return UserspaceDataplane(
             reactor, self.balancer, rules,

@@ -1,7 +1,7 @@
 """
 The datagram sockets of the userspace dataplane, and nothing else: one bound to the wildcard for all clients of a pool,
-one connected socket per client towards its endpoint. A faster engine (batches, segmentation offload) takes this
-module's place behind :class:`Sockets`; who belongs to whom is decided elsewhere.
+one connected socket per client towards its endpoint. Who belongs to whom is decided elsewhere. An engine that goes
+without Python for datagrams of known flows (:mod:`.engines.datagrams`) takes the place of :class:`Sockets`.
 
 A wildcard socket would answer from whatever address the route back suggests. A client, and the connection tracking
 that has rewritten its datagram's destination, takes a reply only from the very address that the datagram was sent to.
@@ -14,19 +14,18 @@ from __future__ import annotations
 import errno
 import socket
 from collections.abc import Callable
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol
 
 from twisted.internet import udp
 from twisted.internet.defer import Deferred, succeed
 from twisted.internet.error import CannotListenError
-from twisted.internet.interfaces import IReadDescriptor
 from twisted.internet.protocol import DatagramProtocol
 from twisted.logger import Logger
-from twisted.python.failure import Failure
-from zope.interface import implementer
 
 from ..core.values import Endpoint, Family
-from .sockets import markOwn
+from .engines.poller import ERROR, READABLE, Poller
+from .sockets import familyOf, markOwn, openSocket
+from .udpflows import Address, Flows, FlowTable
 
 #: The most that a UDP length field can say: nothing is ever truncated.
 LARGEST = 65535
@@ -45,8 +44,7 @@ _IPV6_RECVERR = 25
 _SO_SNDBUFFORCE = 32
 _SO_RCVBUFFORCE = 33
 
-#: A socket address as the kernel gives it: two parts in IPv4, four in IPv6.
-Address: TypeAlias = tuple[Any, ...]
+_DATAGRAMS = int(socket.SOCK_DGRAM)
 
 
 class Receiver(Protocol):
@@ -71,9 +69,10 @@ class WildcardPort(udp.Port):
 
     dialled = b""
 
-    def __init__(self, reactor: Any, family: Family, port: int, protocol: DatagramProtocol) -> None:
+    def __init__(self, reactor: Any, poller: Poller, family: Family, port: int, protocol: DatagramProtocol) -> None:
         interface = "::" if family == "IPv6" else "0.0.0.0"
         udp.Port.__init__(self, port, protocol, interface, LARGEST, reactor)  # type: ignore[no-untyped-call]
+        self._poller = poller
 
     @property
     def number(self) -> int:
@@ -109,7 +108,13 @@ class WildcardPort(udp.Port):
             raise
         return skt
 
-    def doRead(self) -> None:
+    def startReading(self) -> None:
+        self._poller.watch(self.socket.fileno(), self._readable, READABLE)
+
+    def stopReading(self) -> None:
+        self._poller.closing(self.socket.fileno())
+
+    def _readable(self, events: int) -> None:
         receive = self.socket.recvmsg
         received = self.protocol.datagramReceived
         for _ in range(TURN):
@@ -150,30 +155,25 @@ class WildcardPort(udp.Port):
     def stopListening(self) -> Deferred[None]:
         """The socket is closed, and its port free, when this returns."""
         if self.connected:
-            self.stopReading()  # type: ignore[no-untyped-call]
+            self.stopReading()
             self.connectionLost()  # type: ignore[no-untyped-call]
         return succeed(None)
 
 
-@implementer(IReadDescriptor)
-class EndpointSocket:
+class PlainSocket:
     """
     One client's socket, connected to its endpoint: the kernel lets through nothing but this endpoint's datagrams, and
     the ICMP errors that ours caused.
+
+    :ivar local: its own address and port.
     """
 
-    __slots__ = ("_closed", "_reactor", "_receiver", "_socket", "_token", "local")
+    __slots__ = ("_closed", "_socket", "local")
 
-    def __init__(
-        self, reactor: Any, skt: socket.socket, receiver: Receiver, token: Any, closed: Callable[[Address], None]
-    ) -> None:
-        self._reactor = reactor
+    def __init__(self, skt: socket.socket, closed: Callable[[Address], None]) -> None:
         self._socket: socket.socket | None = skt
-        self._receiver = receiver
-        self._token = token
         self._closed = closed
         self.local: Address = skt.getsockname()[:2]
-        reactor.addReader(self)
 
     def send(self, datagram: bytes) -> int:
         """
@@ -192,20 +192,35 @@ class EndpointSocket:
 
     def close(self) -> None:
         """Close at once. Nothing is reported any more. Twice is harmless."""
-        if self._socket is None:
-            return
-        self._reactor.removeReader(self)
-        self._socket.close()
-        self._socket = None
-        self._closed(self.local)
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+            self._closed(self.local)
 
     def fileno(self) -> int:
         return -1 if self._socket is None else self._socket.fileno()
 
-    def logPrefix(self) -> str:
-        return "UDP"
 
-    def doRead(self) -> None:
+class EndpointSocket(PlainSocket):
+    """One that tells its receiver what comes."""
+
+    __slots__ = ("_poller", "_receiver", "_token")
+
+    def __init__(
+        self, poller: Poller, skt: socket.socket, receiver: Receiver, token: Any, closed: Callable[[Address], None]
+    ) -> None:
+        super().__init__(skt, closed)
+        self._poller = poller
+        self._receiver = receiver
+        self._token = token
+        poller.watch(skt.fileno(), self._readable, READABLE)
+
+    def close(self) -> None:
+        if self._socket is not None:
+            self._poller.closing(self._socket.fileno())
+            super().close()
+
+    def _readable(self, events: int) -> None:
         trouble = 0
         for _ in range(TURN):
             if self._socket is None:
@@ -220,18 +235,10 @@ class EndpointSocket:
                 self._drainErrors()
                 continue
             self._receiver.replied(self._token, datagram)
+        if events & ERROR:
+            self._drainErrors()
         if trouble and self._socket is not None:
             self._receiver.failed(self._token, trouble)
-
-    def connectionLost(self, reason: Failure) -> None:
-        """
-        The reactor has seen an error condition without data and has removed this reader. For a datagram socket that
-        is no end: it is how epoll tells of an ICMP error.
-        """
-        self.doRead()
-        self._drainErrors()
-        if self._socket is not None:
-            self._reactor.addReader(self)
 
     def _drainErrors(self) -> None:
         # Each error is told twice: as the result of the next call, and in this queue. A queue that is not emptied
@@ -248,18 +255,32 @@ class EndpointSocket:
 class Sockets:
     """
     Opens the sockets, and knows which they are: a datagram that one of them sent must never be taken for a client's,
-    or it would go round for ever.
+    or it would go round for ever. So there is one for all proxiers of a process.
+
+    :param reactor: provides IReactorTime.
+    :param poller: tells when there is something to read.
     """
 
-    def __init__(self) -> None:
+    #: For the log.
+    description = "one at a time"
+
+    def __init__(self, reactor: Any, poller: Poller) -> None:
+        self._reactor = reactor
+        self._poller = poller
         self._connected: set[Address] = set()
+        self._forget = self._connected.discard
         self._listening: set[int] = set()
 
-    def listen(self, reactor: Any, family: Family, port: int, protocol: DatagramProtocol) -> WildcardPort:
+    def table(self) -> Flows:
+        """A table for the flows of one proxier."""
+        return FlowTable()
+
+    def listen(self, family: Family, port: int, protocol: DatagramProtocol, flows: Flows) -> WildcardPort:
         """
+        :param flows: what :meth:`table` gave: the flows of this port's clients.
         :raise OSError: (or :class:`twisted.internet.error.CannotListenError`) when that cannot be.
         """
-        service = WildcardPort(reactor, family, port, protocol)
+        service = WildcardPort(self._reactor, self._poller, family, port, protocol)
         service.startListening()
         self._listening.add(service.number)
         return service
@@ -269,15 +290,26 @@ class Sockets:
         self._listening.discard(service.number)
         service.stopListening()
 
-    def connect(self, reactor: Any, endpoint: Endpoint, receiver: Receiver, token: Any) -> EndpointSocket:
+    def connect(self, endpoint: Endpoint, receiver: Receiver, flow: Any) -> PlainSocket:
         """
         A socket connected to an endpoint. Nothing is sent by that.
 
         :raise OSError: when there is no route, no descriptor, or no local port left.
         """
-        family = socket.AF_INET6 if ":" in endpoint.address else socket.AF_INET
-        skt = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+        skt = self._connect(endpoint)
         try:
+            connected = EndpointSocket(self._poller, skt, receiver, flow, self._forget)
+        except BaseException:
+            skt.close()
+            raise
+        self._connected.add(connected.local)
+        return connected
+
+    def _connect(self, endpoint: Endpoint) -> socket.socket:
+        family = familyOf(endpoint.address)
+        skt = openSocket(family, _DATAGRAMS)
+        try:
+            skt.setblocking(False)
             markOwn(skt)
             # Without it, "host unreachable" and its like never reach a UDP socket: an endpoint whose node is dead
             # would go unnoticed (RFC 1122 section 4.1.3.3 asks for it).
@@ -287,12 +319,10 @@ class Sockets:
                 skt.setsockopt(socket.IPPROTO_IP, _IP_RECVERR, 1)
             _enlarge(skt, CLIENT_BUFFER)
             skt.connect((endpoint.address, endpoint.port))
-            connected = EndpointSocket(reactor, skt, receiver, token, self._connected.discard)
         except BaseException:
             skt.close()
             raise
-        self._connected.add(connected.local)
-        return connected
+        return skt
 
     def isOwn(self, address: Address) -> bool:
         """Whether a datagram from there was sent by one of these sockets."""
