@@ -22,7 +22,9 @@ from twisted.trial.unittest import SkipTest, TestCase
 from zope.interface import implementer
 
 from twisted_kproxy.core.values import Endpoint, Family, Outcome, PoolName, ServicePortName
+from tests.shared.datagrams import socketsOf
 from twisted_kproxy.interfaces import NoEndpoint
+from twisted_kproxy.userspace.engines.poller import Poller
 from twisted_kproxy.userspace.udp import UdpProxier
 from twisted_kproxy.userspace.udpsockets import Sockets
 
@@ -171,9 +173,10 @@ class Unlimited:
 
 
 class LoopbackMixin:
-    """The tests, for either family."""
+    """The tests, for either family and either engine."""
 
     family: Family
+    engine = "python"
     timeout = 20
 
     def setUp(self) -> None:
@@ -183,6 +186,7 @@ class LoopbackMixin:
                     probe.bind(("::1", 0))
             except OSError as error:
                 raise SkipTest("this machine has no IPv6") from error
+        self.engineSockets = socketsOf(self.engine, reactor)
         self.sockets = datagramSockets()
         self.balancer = Turns()
         self.seen = Seen()
@@ -199,6 +203,7 @@ class LoopbackMixin:
             self.seen,  # type: ignore[arg-type]
             idleTimeout=idleTimeout,
             budget=self.budget,
+            sockets=self.engineSockets,
         )
         proxier.listen()
         return proxier
@@ -395,7 +400,15 @@ class LoopbackMixin:
         """A port that somebody holds is an error with its reason."""
         another = self.makeProxier()
         self.addCleanup(another.stopListening)
-        third = UdpProxier(reactor, another.pool, None, None, idleTimeout=1, budget=self.budget)  # type: ignore[arg-type]
+        third = UdpProxier(
+            reactor,
+            another.pool,
+            None,  # type: ignore[arg-type]
+            None,  # type: ignore[arg-type]
+            idleTimeout=1,
+            budget=self.budget,
+            sockets=self.engineSockets,
+        )
         error = self.assertRaises(CannotListenError, third.listen, another.port)
         self.assertIsInstance(error.socketError, OSError)
         another.stopListening()
@@ -417,7 +430,15 @@ class IPv4Tests(LoopbackMixin, TestCase):
     async def test_familiesApart(self) -> None:
         """Both families may have the same port, each with a proxier of its own."""
         six = PoolName(ServicePortName("default", "dns", "dns", "UDP", "IPv6"), "cluster")
-        other = UdpProxier(reactor, six, self.balancer, self.seen, idleTimeout=1, budget=self.budget)  # type: ignore[arg-type]
+        other = UdpProxier(
+            reactor,
+            six,
+            self.balancer,  # type: ignore[arg-type]
+            self.seen,  # type: ignore[arg-type]
+            idleTimeout=1,
+            budget=self.budget,
+            sockets=self.engineSockets,
+        )
         other.listen(self.proxier.port)
         self.assertEqual(other.port, self.proxier.port)
         other.stopListening()
@@ -425,6 +446,14 @@ class IPv4Tests(LoopbackMixin, TestCase):
 
 class IPv6Tests(LoopbackMixin, TestCase):
     family: Family = "IPv6"
+
+
+class NativeIPv4Tests(IPv4Tests):
+    engine = "native"
+
+
+class NativeIPv6Tests(IPv6Tests):
+    engine = "native"
 
 
 class EndpointSocketTests(TestCase):
@@ -452,8 +481,8 @@ class EndpointSocketTests(TestCase):
             self.setUp()
             gone = Peer(family)
             gone.close()
-            sockets = Sockets()
-            connected = sockets.connect(reactor, Endpoint(LOOPBACK[family], gone.port), self, "token")
+            sockets = Sockets(reactor, Poller(reactor))
+            connected = sockets.connect(Endpoint(LOOPBACK[family], gone.port), self, "token")
             self.addCleanup(connected.close)
             self.assertTrue(sockets.isOwn(connected.local))
             self.assertEqual(connected.send(b"one"), 0)
@@ -477,8 +506,8 @@ class EndpointSocketTests(TestCase):
         """
         A datagram from the port of a listening socket is our own only when it comes from an address of this node.
         """
-        sockets = Sockets()
-        service = sockets.listen(reactor, "IPv4", 0, DatagramProtocol())
+        sockets = Sockets(reactor, Poller(reactor))
+        service = sockets.listen("IPv4", 0, DatagramProtocol(), sockets.table())
         port = service.number
         self.assertTrue(sockets.isOwn(("127.0.0.1", port)))
         self.assertTrue(sockets.isOwn(("127.0.0.77", port)))
@@ -490,7 +519,7 @@ class EndpointSocketTests(TestCase):
     async def test_repliesBeforeTheErrorCount(self) -> None:
         """What an endpoint sent before it went away is told before its failure."""
         peer = Peer("IPv4")
-        connected = Sockets().connect(reactor, Endpoint("127.0.0.1", peer.port), self, "token")
+        connected = Sockets(reactor, Poller(reactor)).connect(Endpoint("127.0.0.1", peer.port), self, "token")
         self.addCleanup(connected.close)
         connected.send(b"one")
         await peer.arrivals(1)
@@ -523,10 +552,12 @@ class NamespaceTests(TestCase):
         skip = "needs root, and unshare, ip and nft"
     timeout = 60
 
+    engine = "python"
+
     def inNamespace(self, *arguments: str) -> None:
         script = Path(__file__).with_name("udpnamespace.py")
         done = subprocess.run(
-            ["unshare", "--net", sys.executable, str(script), *arguments],
+            ["unshare", "--net", sys.executable, str(script), *arguments, self.engine],
             capture_output=True,
             text=True,
             timeout=50,
@@ -552,3 +583,9 @@ class NamespaceTests(TestCase):
         """So is one that the node's own packet filter does not let through."""
         for family in ("IPv4", "IPv6"):
             self.inNamespace("filtered", family)
+
+
+class NativeNamespaceTests(NamespaceTests):
+    """The same with the engine in C."""
+
+    engine = "native"
