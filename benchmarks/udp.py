@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -178,7 +179,7 @@ def waitFor(port: int) -> None:
                 client.recv(100)
                 return
             except OSError:
-                continue
+                time.sleep(0.02)
     raise Missing(f"nothing answers on port {port}")
 
 

@@ -468,7 +468,11 @@ class EndpointSocketTests(TestCase):
         self.failures.append((token, number))
         self.happened.callback(None)
 
-    def replied(self, token: str, datagram: bytes) -> None:
+    @property
+    def transport(self) -> Any:
+        return self
+
+    def reply(self, token: str, datagram: bytes) -> None:
         self.replies.append((token, datagram))
         self.happened.callback(None)
 
@@ -526,7 +530,7 @@ class EndpointSocketTests(TestCase):
         peer.socket.sendto(b"re one", peer.arrived[0][1])
         peer.close()
         connected.send(b"two")
-        connected._receiver = order = Order()  # type: ignore[assignment]
+        connected._receiver = connected._port = order = Order()  # type: ignore[attr-defined]
         while len(order.told) < 2:
             await deferLater(reactor, 0.005, lambda: None)
         self.assertEqual(order.told, [b"re one", errno.ECONNREFUSED])
@@ -538,7 +542,7 @@ class Order:
     def __init__(self) -> None:
         self.told: list[bytes | int] = []
 
-    def replied(self, token: str, datagram: bytes) -> None:
+    def reply(self, token: str, datagram: bytes) -> None:
         self.told.append(datagram)
 
     def failed(self, token: str, number: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from twisted.internet.defer import Deferred
@@ -111,6 +111,7 @@ class UdpProxier(DatagramProtocol):
         self.pool = pool
         self.port = 0
         self._reactor = reactor
+        self._seconds: Callable[[], float] = reactor.seconds
         self._balancer = balancer
         self._observer = observer
         self._idleTimeout = idleTimeout
@@ -184,7 +185,7 @@ class UdpProxier(DatagramProtocol):
     def datagramReceived(self, datagram: bytes, addr: Address) -> None:
         """A client has sent this; the transport knows whom it had dialled."""
         assert self.transport is not None
-        now = self._reactor.seconds()
+        now = self._seconds()
         key = (addr, self.transport.dialled)
         flow = self._flows.find(key)
         if flow is None:
@@ -207,18 +208,6 @@ class UdpProxier(DatagramProtocol):
             self._send(flow, datagram, number)
         except _NoWay as noWay:
             self._flows.drop(noWay.reason)
-
-    def replied(self, flow: AnyFlow, datagram: bytes) -> None:
-        """The flow's endpoint has sent this."""
-        if self.transport is None:
-            return
-        self._flows.answer(flow, self._reactor.seconds())
-        client, dialled = flow.key
-        number = self.transport.reply(datagram, client, dialled)
-        if number:
-            self._flows.drop(DROPS.get(number, "error"))
-        else:
-            self._flows.received(flow, len(datagram))
 
     def failed(self, flow: AnyFlow, number: int) -> None:
         """The network has reported that something which was sent did not arrive at the flow's endpoint."""
@@ -306,7 +295,7 @@ class UdpProxier(DatagramProtocol):
         reason = _reason(number)
         self._end(flow, reason)
         self._observer.missed(self.pool, flow.endpoint, reason)
-        now = self._reactor.seconds()
+        now = self._seconds()
         since = now if flow.answered else flow.since
         try:
             successor = self._begin(flow.key, now, since, (*flow.tried, flow.endpoint), reason)
@@ -353,13 +342,13 @@ class UdpProxier(DatagramProtocol):
     def _armSweep(self) -> None:
         oldest = self._flows.oldest()
         if self._sweeping is None and oldest is not None:
-            rest = oldest + self._idleTimeout - self._reactor.seconds()
+            rest = oldest + self._idleTimeout - self._seconds()
             grain = min(self._idleTimeout * _GRAIN, _LONGEST_GRAIN)
             self._sweeping = self._reactor.callLater(max(rest, grain), self._sweep)
 
     def _sweep(self) -> None:
         self._sweeping = None
-        idle = self._flows.idle(self._reactor.seconds() - self._idleTimeout, SLICE)
+        idle = self._flows.idle(self._seconds() - self._idleTimeout, SLICE)
         for flow in idle:
             self._end(flow, "idle")
         if len(idle) == SLICE and self._flows:

@@ -136,9 +136,6 @@ class Flows(Protocol):
     def sent(self, flow: Any, datagram: bytes) -> None:
         """The kernel has taken that for the endpoint: count it, and keep it where it may be needed again."""
 
-    def received(self, flow: Any, size: int) -> None:
-        """The kernel has taken so many bytes for the client."""
-
     def drop(self, reason: str) -> None:
         """A datagram was dropped."""
 
@@ -195,52 +192,57 @@ class Flow:
 
 
 class FlowTable:
-    """:class:`Flows` whose datagrams go through Python."""
+    """
+    :class:`Flows` whose datagrams go through Python.
+
+    :ivar new: those that were never answered, and :ivar answered: those that were; the longest unused one first.
+    """
 
     def __init__(self) -> None:
-        self._unanswered: OrderedDict[FlowKey, Flow] = OrderedDict()
-        self._answered: OrderedDict[FlowKey, Flow] = OrderedDict()
+        self.new: OrderedDict[FlowKey, Flow] = OrderedDict()
+        self.answered: OrderedDict[FlowKey, Flow] = OrderedDict()
         self._drops: Counter[str] = Counter()
         self._datagramsSent = self._bytesSent = self._datagramsReceived = self._bytesReceived = 0
 
     def __len__(self) -> int:
-        return len(self._unanswered) + len(self._answered)
+        return len(self.new) + len(self.answered)
 
     def __iter__(self) -> Iterator[Flow]:
-        yield from self._unanswered.values()
-        yield from self._answered.values()
+        yield from self.new.values()
+        yield from self.answered.values()
 
     def __contains__(self, flow: Flow) -> bool:
         return self.find(flow.key) is flow
 
     @property
     def unanswered(self) -> int:
-        return len(self._unanswered)
+        return len(self.new)
 
     def make(self, key: FlowKey, endpoint: Endpoint, now: float, since: float, tried: tuple[Endpoint, ...]) -> Flow:
         return Flow(key, endpoint, now, since, tried)
 
     def find(self, key: FlowKey) -> Flow | None:
-        return self._answered.get(key) or self._unanswered.get(key)
+        return self.answered.get(key) or self.new.get(key)
 
     def add(self, flow: Flow) -> None:
-        self._unanswered[flow.key] = flow
+        self.new[flow.key] = flow
 
     def remove(self, flow: Flow) -> None:
-        del (self._answered if flow.answered else self._unanswered)[flow.key]
+        del (self.answered if flow.answered else self.new)[flow.key]
 
     def touch(self, flow: Flow, now: float) -> None:
         flow.used = now
-        (self._answered if flow.answered else self._unanswered).move_to_end(flow.key)
+        (self.answered if flow.answered else self.new).move_to_end(flow.key)
 
     def answer(self, flow: Flow, now: float) -> None:
         if not flow.answered:
-            del self._unanswered[flow.key]
+            del self.new[flow.key]
             flow.answered = True
-            self._answered[flow.key] = flow
+            self.answered[flow.key] = flow
         flow.unanswered = None
         flow.tried = ()
-        self.touch(flow, now)
+        flow.used = now
+        self.answered.move_to_end(flow.key)
 
     def sent(self, flow: Flow, datagram: bytes) -> None:
         size = len(datagram)
@@ -264,14 +266,14 @@ class FlowTable:
         return Traffic(self._datagramsSent, self._bytesSent, self._datagramsReceived, self._bytesReceived)
 
     def victim(self) -> Flow | None:
-        return next(iter(self._unanswered.values()), None) or next(iter(self._answered.values()), None)
+        return next(iter(self.new.values()), None) or next(iter(self.answered.values()), None)
 
     def idle(self, before: float, atMost: int) -> list[Flow]:
-        flows = chain(_upTo(self._unanswered.values(), before), _upTo(self._answered.values(), before))
+        flows = chain(_upTo(self.new.values(), before), _upTo(self.answered.values(), before))
         return list(islice(flows, atMost))
 
     def oldest(self) -> float | None:
-        fronts = (next(iter(self._unanswered.values()), None), next(iter(self._answered.values()), None))
+        fronts = (next(iter(self.new.values()), None), next(iter(self.answered.values()), None))
         return min((flow.used for flow in fronts if flow is not None), default=None)
 
 

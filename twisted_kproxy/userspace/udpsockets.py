@@ -25,17 +25,27 @@ from twisted.logger import Logger
 from ..core.values import Endpoint, Family
 from .engines.poller import ERROR, READABLE, Poller
 from .sockets import familyOf, markOwn, openSocket
-from .udpflows import Address, Flows, FlowTable
+from .udpflows import DROPS, Address, Flow, Flows, FlowTable
 
 #: The most that a UDP length field can say: nothing is ever truncated.
 LARGEST = 65535
 #: How many datagrams one socket may read in one turn of the reactor, so that none starves the others.
 TURN = 64
+# So many datagrams one after the other are a lot.
+_BULK = 3
 #: Bursts wait here while the reactor does other work. The kernel only charges what is queued.
 SHARED_BUFFER = 1 << 20
 CLIENT_BUFFER = 1 << 18
 
 _ANCILLARY = socket.CMSG_SPACE(20)
+
+# A node has few addresses that clients dial; how to answer from each is kept ready.
+_ADDRESSES = 64
+
+# As plain numbers: enumerations take long.
+_IPPROTO_IP = int(socket.IPPROTO_IP)
+_IPPROTO_IPV6 = int(socket.IPPROTO_IPV6)
+_IPV6_PKTINFO = int(socket.IPV6_PKTINFO)
 
 # From linux/in.h, in6.h, asm-generic/socket.h: the socket module of Python 3.11 lacks them.
 _IP_PKTINFO = 8
@@ -48,31 +58,43 @@ _DATAGRAMS = int(socket.SOCK_DGRAM)
 
 
 class Receiver(Protocol):
-    """Who has the connected sockets. ``token`` is what it gave to :meth:`Sockets.connect`."""
+    """Who decides: it has the flows, as their engine calls it."""
 
-    def replied(self, token: Any, datagram: bytes) -> None:
-        """The endpoint has sent this."""
+    transport: Any
 
-    def failed(self, token: Any, number: int) -> None:
+    def datagramReceived(self, datagram: bytes, addr: Address) -> None:
+        """A client that has no flow yet, or one that must move, has sent this; ``transport`` has whom it had dialled."""
+
+    def unsent(self, flow: Any, number: int, datagram: bytes) -> None:
+        """The kernel has not taken a client's datagram for the flow's endpoint, with this error number."""
+
+    def failed(self, flow: Any, number: int) -> None:
         """The network says, by ICMP, that what was sent did not arrive, with this error number."""
 
 
 class WildcardPort(udp.Port):
     """
-    The socket on every local address of one family. It calls ``datagramReceived(datagram, address)`` of its protocol
-    with the kernel's whole socket address; meanwhile :attr:`dialled` says where the datagram was sent to.
+    The socket on every local address of one family. It relays what clients with a flow send. For any other it calls
+    ``datagramReceived(datagram, address)`` of its protocol with the kernel's whole socket address; meanwhile
+    :attr:`dialled` says where the datagram was sent to.
 
-    :ivar dialled: opaque, hashable; to be given to :meth:`reply`.
+    :ivar dialled: opaque, hashable: a part of the flow's key.
     """
 
     log = Logger()
 
     dialled = b""
 
-    def __init__(self, reactor: Any, poller: Poller, family: Family, port: int, protocol: DatagramProtocol) -> None:
+    def __init__(
+        self, reactor: Any, poller: Poller, family: Family, port: int, protocol: DatagramProtocol, flows: Any
+    ) -> None:
         interface = "::" if family == "IPv6" else "0.0.0.0"
         udp.Port.__init__(self, port, protocol, interface, LARGEST, reactor)  # type: ignore[no-untyped-call]
+        self.flows = flows
         self._poller = poller
+        self._seconds: Callable[[], float] = reactor.seconds
+        self._dialled: dict[bytes, bytes] = {}
+        self._ancillary: dict[bytes, list[tuple[int, int, bytes]]] = {}
 
     @property
     def number(self) -> int:
@@ -115,8 +137,9 @@ class WildcardPort(udp.Port):
         self._poller.closing(self.socket.fileno())
 
     def _readable(self, events: int) -> None:
-        receive = self.socket.recvmsg
-        received = self.protocol.datagramReceived
+        # Whatever can be done without a call is: this runs for each datagram.
+        receive, flows, protocol, known = self.socket.recvmsg, self.flows, self.protocol, self._dialled
+        answered, new, now = flows.answered, flows.new, self._seconds()
         for _ in range(TURN):
             try:
                 datagram, ancillary, _flags, address = receive(LARGEST, _ANCILLARY)
@@ -126,31 +149,64 @@ class WildcardPort(udp.Port):
                 # Nothing is known that would cause it, and whatever it is ends with this turn.
                 self.log.warn("Reading from UDP port {port} failed: {error}", port=self._realPortNumber, error=error)
                 return
-            self.dialled = _dialled(ancillary)
-            try:
-                received(datagram, address)
-            except Exception:
-                self.log.failure("A datagram was lost because of a defect")
-            if not self.connected:
-                return
+            dialled = known.get(ancillary[0][2]) if len(ancillary) == 1 else None
+            if dialled is None:
+                dialled = self._read(ancillary)
+            key = (address, dialled)
+            flow = answered.get(key)
+            if flow is not None and not flow.stale:
+                answered.move_to_end(key)
+            else:
+                flow = new.get(key)
+                if flow is None or flow.stale:
+                    self.dialled = dialled
+                    try:
+                        protocol.datagramReceived(datagram, address)
+                    except Exception:
+                        self.log.failure("A datagram was lost because of a defect")
+                    if not self.connected:
+                        return
+                    continue
+                new.move_to_end(key)
+            flow.used = now
+            number = flow.socket.send(datagram)
+            if number:
+                protocol.unsent(flow, number, datagram)
+            else:
+                flows.sent(flow, datagram)
 
-    def reply(self, datagram: bytes, address: Address, dialled: bytes) -> int:
-        """
-        Send a datagram from the address that the client had dialled.
-
-        :return: an error number; 0 where it was sent.
-        """
-        if not dialled:
-            ancillary = []
-        elif self.addressFamily == socket.AF_INET6:
-            ancillary = [(socket.IPPROTO_IPV6, socket.IPV6_PKTINFO, dialled)]
-        else:
-            ancillary = [(socket.IPPROTO_IP, _IP_PKTINFO, dialled)]
+    def reply(self, flow: Flow, datagram: bytes) -> None:
+        """A flow's endpoint has sent this: send it to the client, from the address that it had dialled."""
+        if not self.connected:
+            return
+        flows = self.flows
+        flows.answer(flow, self._seconds())
+        client, dialled = flow.key
+        ancillary = self._ancillary.get(dialled)
+        if ancillary is None:
+            ancillary = self._ancillaryFor(dialled)
         try:
-            self.socket.sendmsg((datagram,), ancillary, 0, address)
+            self.socket.sendmsg((datagram,), ancillary, 0, client)
         except OSError as error:
-            return error.errno or errno.EIO
-        return 0
+            flows.drop(DROPS.get(error.errno or 0, "error"))
+        else:
+            flows.received(flow, len(datagram))
+
+    def _read(self, ancillary: list[tuple[int, int, bytes]]) -> bytes:
+        dialled = _dialled(ancillary)
+        if len(ancillary) == 1:
+            if len(self._dialled) >= _ADDRESSES:
+                self._dialled.clear()
+            self._dialled[ancillary[0][2]] = dialled
+        return dialled
+
+    def _ancillaryFor(self, dialled: bytes) -> list[tuple[int, int, bytes]]:
+        if len(self._ancillary) >= _ADDRESSES:
+            self._ancillary.clear()
+        six = self.addressFamily == socket.AF_INET6
+        level, kind = (_IPPROTO_IPV6, _IPV6_PKTINFO) if six else (_IPPROTO_IP, _IP_PKTINFO)
+        ancillary = self._ancillary[dialled] = [(level, kind, dialled)] if dialled else []
+        return ancillary
 
     def stopListening(self) -> Deferred[None]:
         """The socket is closed, and its port free, when this returns."""
@@ -202,17 +258,19 @@ class PlainSocket:
 
 
 class EndpointSocket(PlainSocket):
-    """One that tells its receiver what comes."""
+    """One whose datagrams Python carries to the client, from the port that its receiver listens on now."""
 
-    __slots__ = ("_poller", "_receiver", "_token")
+    __slots__ = ("_bulk", "_flow", "_poller", "_port", "_receiver")
 
     def __init__(
-        self, poller: Poller, skt: socket.socket, receiver: Receiver, token: Any, closed: Callable[[Address], None]
+        self, poller: Poller, skt: socket.socket, receiver: Receiver, flow: Any, closed: Callable[[Address], None]
     ) -> None:
         super().__init__(skt, closed)
         self._poller = poller
         self._receiver = receiver
-        self._token = token
+        self._port = receiver.transport
+        self._flow = flow
+        self._bulk = 0
         poller.watch(skt.fileno(), self._readable, READABLE)
 
     def close(self) -> None:
@@ -221,24 +279,33 @@ class EndpointSocket(PlainSocket):
             super().close()
 
     def _readable(self, events: int) -> None:
-        trouble = 0
-        for _ in range(TURN):
-            if self._socket is None:
+        # To hear that nothing more is there takes as long as to read a datagram. The poller tells where there is more,
+        # so only one that has much to say is read until it has no more.
+        trouble = count = 0
+        most = TURN if events & ERROR or self._bulk >= _BULK else 1
+        while count < most:
+            skt = self._socket
+            if skt is None:
                 return
+            count += 1
             try:
-                datagram = self._socket.recv(LARGEST)
+                datagram = skt.recv(LARGEST)
             except BlockingIOError:
+                if count <= _BULK:
+                    self._bulk = 0
                 break
             except OSError as error:
                 # Whatever the endpoint had sent before still counts: read on, report afterwards.
                 trouble = error.errno or errno.EIO
                 self._drainErrors()
                 continue
-            self._receiver.replied(self._token, datagram)
+            self._port.reply(self._flow, datagram)
+        else:
+            self._bulk += 1
         if events & ERROR:
             self._drainErrors()
         if trouble and self._socket is not None:
-            self._receiver.failed(self._token, trouble)
+            self._receiver.failed(self._flow, trouble)
 
     def _drainErrors(self) -> None:
         # Each error is told twice: as the result of the next call, and in this queue. A queue that is not emptied
@@ -280,7 +347,7 @@ class Sockets:
         :param flows: what :meth:`table` gave: the flows of this port's clients.
         :raise OSError: (or :class:`twisted.internet.error.CannotListenError`) when that cannot be.
         """
-        service = WildcardPort(self._reactor, self._poller, family, port, protocol)
+        service = WildcardPort(self._reactor, self._poller, family, port, protocol, flows)
         service.startListening()
         self._listening.add(service.number)
         return service
@@ -334,10 +401,10 @@ class Sockets:
 def _dialled(ancillary: list[tuple[int, int, bytes]]) -> bytes:
     """The control message of a reply from where the datagram was sent to; ``b""`` where that cannot be."""
     for level, kind, data in ancillary:
-        if level == socket.IPPROTO_IP and kind == _IP_PKTINFO:
+        if kind == _IP_PKTINFO and level == _IPPROTO_IP:
             # struct in_pktinfo: interface, local address (never a broadcast one), destination of the header.
             return b"\0\0\0\0" + data[4:8] + b"\0\0\0\0"
-        if level == socket.IPPROTO_IPV6 and kind == socket.IPV6_PKTINFO:
+        if kind == _IPV6_PKTINFO and level == _IPPROTO_IPV6:
             # struct in6_pktinfo: destination, interface; that one matters for link-local addresses only.
             if data[0] == 0xFF:
                 return b""

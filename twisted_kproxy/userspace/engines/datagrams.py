@@ -166,11 +166,6 @@ class NativeTable:
         self.c.sentCount += 1
         self._lib.udp_keep(flow.c, datagram, size if size <= KEPT else -1)
 
-    def received(self, flow: NativeFlow, size: int) -> None:
-        flow.c.received += size
-        self.c.receivedBytes += size
-        self.c.receivedCount += 1
-
     def drop(self, reason: str) -> None:
         self._drops[reason] = self._drops.get(reason, 0) + 1
 
@@ -231,7 +226,6 @@ class NativePort(WildcardPort):
     """The socket for all clients, which C reads."""
 
     engine: NativeSockets
-    flows: NativeTable
 
     def startReading(self) -> None:
         self.engine.attach(self)
@@ -282,8 +276,8 @@ class NativeSockets(Sockets):
         return NativeTable(self)
 
     def listen(self, family: Family, port: int, protocol: DatagramProtocol, flows: Any) -> NativePort:
-        service = NativePort(self._reactor, self._poller, family, port, protocol)
-        service.engine, service.flows = self, flows
+        service = NativePort(self._reactor, self._poller, family, port, protocol, flows)
+        service.engine = self
         service.startListening()
         self._listening.add(service.number)
         return service
