@@ -78,6 +78,8 @@ class WildcardPort(udp.Port):
     ``datagramReceived(datagram, address)`` of its protocol with the kernel's whole socket address; meanwhile
     :attr:`dialled` says where the datagram was sent to.
 
+    :param engine: what has made it.
+    :param flows: the flows of its clients, which it looks up itself.
     :ivar dialled: opaque, hashable: a part of the flow's key.
     """
 
@@ -86,11 +88,19 @@ class WildcardPort(udp.Port):
     dialled = b""
 
     def __init__(
-        self, reactor: Any, poller: Poller, family: Family, port: int, protocol: DatagramProtocol, flows: Any
+        self,
+        reactor: Any,
+        poller: Poller,
+        family: Family,
+        port: int,
+        protocol: DatagramProtocol,
+        flows: Any,
+        engine: Any,
     ) -> None:
         interface = "::" if family == "IPv6" else "0.0.0.0"
         udp.Port.__init__(self, port, protocol, interface, LARGEST, reactor)  # type: ignore[no-untyped-call]
         self.flows = flows
+        self.engine = engine
         self._poller = poller
         self._seconds: Callable[[], float] = reactor.seconds
         self._dialled: dict[bytes, bytes] = {}
@@ -330,6 +340,7 @@ class Sockets:
 
     #: For the log.
     description = "one at a time"
+    portType: type[WildcardPort] = WildcardPort
 
     def __init__(self, reactor: Any, poller: Poller) -> None:
         self._reactor = reactor
@@ -347,7 +358,7 @@ class Sockets:
         :param flows: what :meth:`table` gave: the flows of this port's clients.
         :raise OSError: (or :class:`twisted.internet.error.CannotListenError`) when that cannot be.
         """
-        service = WildcardPort(self._reactor, self._poller, family, port, protocol, flows)
+        service = self.portType(self._reactor, self._poller, family, port, protocol, flows, self)
         service.startListening()
         self._listening.add(service.number)
         return service

@@ -17,7 +17,7 @@ from typing import Any
 from twisted.internet.protocol import DatagramProtocol
 from twisted.logger import Logger
 
-from ...core.values import Endpoint, Family
+from ...core.values import Endpoint
 from ...interfaces import NotAvailable
 from ..udpflows import KEPT, Address, Connected, FlowKey, Traffic
 from ..udpsockets import PlainSocket, Receiver, Sockets, WildcardPort
@@ -225,8 +225,6 @@ class NativeTable:
 class NativePort(WildcardPort):
     """The socket for all clients, which C reads."""
 
-    engine: NativeSockets
-
     def startReading(self) -> None:
         self.engine.attach(self)
 
@@ -238,19 +236,21 @@ class NativeSockets(Sockets):
     """
     The engine in C. One for all proxiers; all of its sockets are in one epoll object, which is nested in the reactor's.
 
+    :param offload: whether the kernel takes trains of datagrams and cuts them (bits 1 and 2); ``None`` to try.
     :raise NotAvailable: where the C module was not built, or does not work.
     """
 
     log = Logger()
+    portType = NativePort
 
-    def __init__(self, reactor: Any, poller: Poller) -> None:
+    def __init__(self, reactor: Any, poller: Poller, offload: int | None = None) -> None:
         super().__init__(reactor, poller)
         try:
             from ._datagrams import ffi, lib  # type: ignore[import-not-found,unused-ignore]
         except ImportError as error:
             raise NotAvailable(f"its C module is not there ({error}); install with a C compiler at hand") from None
         self.ffi, self.lib = ffi, lib
-        self.offload = probeOffload()
+        self.offload = probeOffload() if offload is None else offload
         engine = lib.udp_new(self.offload)
         if engine == ffi.NULL:
             raise NotAvailable("it gets no descriptors or no memory")
@@ -274,13 +274,6 @@ class NativeSockets(Sockets):
 
     def table(self) -> NativeTable:
         return NativeTable(self)
-
-    def listen(self, family: Family, port: int, protocol: DatagramProtocol, flows: Any) -> NativePort:
-        service = NativePort(self._reactor, self._poller, family, port, protocol, flows)
-        service.engine = self
-        service.startListening()
-        self._listening.add(service.number)
-        return service
 
     def connect(self, endpoint: Endpoint, receiver: Receiver, flow: Any) -> PlainSocket:
         skt = self._connect(endpoint)
