@@ -251,15 +251,15 @@ def flows(folder: Path, engines: Sequence[str] = ("native", "python"), count: in
 
 def serve(engine: str, port: int, endpoints: Sequence[int]) -> None:
     """The process that is measured."""
-    from twisted_kproxy.reactor import install  # noqa: PLC0415
+    from twisted_kproxy.reactor import install
 
     reactor: Any = install()
 
-    from twisted_kproxy.core.values import Endpoint, PoolName, ServicePortName  # noqa: PLC0415
-    from twisted_kproxy.userspace.engines.choose import chooseEngines  # noqa: PLC0415
-    from twisted_kproxy.userspace.engines.poller import Poller  # noqa: PLC0415
-    from twisted_kproxy.userspace.ports import Budget, raiseLimit  # noqa: PLC0415
-    from twisted_kproxy.userspace.udp import UdpProxier  # noqa: PLC0415
+    from twisted_kproxy.core.values import Endpoint, PoolName, ServicePortName
+    from twisted_kproxy.userspace.engines.choose import chooseEngines
+    from twisted_kproxy.userspace.engines.poller import Poller
+    from twisted_kproxy.userspace.ports import Budget, raiseLimit
+    from twisted_kproxy.userspace.udp import UdpProxier
 
     turns = [Endpoint(HOST, it) for it in endpoints]
 

@@ -241,10 +241,10 @@ class FakeNativeSockets(FakesMixin, NativeSockets):
     :raise NotAvailable: where it was not built.
     """
 
-    def __init__(self, reactor: Any) -> None:
+    def __init__(self, reactor: Any, offload: int = 3) -> None:
         self.prepare()
         poller: Any = FakePoller()
-        super().__init__(reactor, poller, offload=3)
+        super().__init__(reactor, poller, offload)
         self.portType = type("Port", (FakeNativePort,), {"kernel": self.kernel})
         calls = self.lib.udp_calls(self.c)
         kind = "int(int, struct mmsghdr *, unsigned, int)"

@@ -21,8 +21,8 @@ from twisted.internet.task import deferLater
 from twisted.trial.unittest import SkipTest, TestCase
 from zope.interface import implementer
 
-from twisted_kproxy.core.values import Endpoint, Family, Outcome, PoolName, ServicePortName
 from tests.shared.datagrams import socketsOf
+from twisted_kproxy.core.values import Endpoint, Family, Outcome, PoolName, ServicePortName
 from twisted_kproxy.interfaces import NoEndpoint
 from twisted_kproxy.userspace.engines.poller import Poller
 from twisted_kproxy.userspace.udp import UdpProxier
@@ -258,6 +258,21 @@ class LoopbackMixin:
             client.socket.sendto(datagram, self.to())
         await client.arrivals(len(sent))
         self.assertEqual([datagram for datagram, _ in client.arrived], sent)
+
+    async def test_train(self) -> None:
+        """What a client sends in one piece, for the kernel to cut, arrives as the datagrams that it stands for."""
+        self.balancer.pool = [self.endpoint()[1]]
+        client = self.client()
+        sent = os.urandom(10 * 1200 + 7)
+        segment = [(socket.IPPROTO_UDP, 103, (1200).to_bytes(2, sys.byteorder))]
+        try:
+            for _ in range(3):
+                client.socket.sendmsg([sent], segment, 0, self.to())
+        except OSError as error:
+            raise SkipTest(f"this kernel cuts no datagrams: {error}") from None
+        await client.arrivals(33)
+        self.assertEqual(b"".join(datagram for datagram, _ in client.arrived), 3 * sent)
+        self.assertEqual((self.status("datagramsSent"), self.status("datagramsReceived")), (33, 33))
 
     async def test_clientsApart(self) -> None:
         """Two hundred clients at a time over three endpoints: each gets its own replies and no other's."""

@@ -100,6 +100,7 @@ class FakeBudget:
 
 class UdpCase(SynchronousTestCase):
     engine = "python"
+    offload = 3
 
     def setUp(self) -> None:
         raiseLimit()
@@ -109,7 +110,8 @@ class UdpCase(SynchronousTestCase):
         self.clock = TurningClock()
         self.clock.advance(1000)
         try:
-            self.sockets: Any = (FakeNativeSockets if self.engine == "native" else FakeSockets)(self.clock)
+            native = self.engine == "native"
+            self.sockets: Any = FakeNativeSockets(self.clock, self.offload) if native else FakeSockets(self.clock)
         except NotAvailable as error:
             raise SkipTest(str(error)) from None
         self.balancer = FakeBalancer(*numbers)

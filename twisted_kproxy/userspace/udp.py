@@ -306,7 +306,7 @@ class UdpProxier(DatagramProtocol):
                 self._flows.drop(noWay.reason)
             raise
         # To send it may have taken further moves.
-        current = self._flows.find(flow.key)
+        current: AnyFlow | None = self._flows.find(flow.key)
         if current is None:
             raise _NoWay(reason)
         return current

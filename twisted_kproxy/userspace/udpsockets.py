@@ -63,7 +63,7 @@ class Receiver(Protocol):
     transport: Any
 
     def datagramReceived(self, datagram: bytes, addr: Address) -> None:
-        """A client that has no flow yet, or one that must move, has sent this; ``transport`` has whom it had dialled."""
+        """A client without a flow, or one that must move, has sent this; ``transport`` has whom it had dialled."""
 
     def unsent(self, flow: Any, number: int, datagram: bytes) -> None:
         """The kernel has not taken a client's datagram for the flow's endpoint, with this error number."""

@@ -47,7 +47,7 @@ _SOCKETS: dict[str, Callable[[Any, Poller], Sockets]] = {"native": _batches, "py
 
 def _first(names: tuple[str, ...], make: Callable[[str], _T]) -> tuple[str, _T, str]:
     """The first that can be had: its name, it, and for the log why others cannot."""
-    reasons = []
+    reasons: list[str] = []
     for name in names:
         try:
             return name, make(name), f" (not {'; not '.join(reasons)})" if reasons else ""

@@ -6,7 +6,6 @@ endpoint fails, stays in Python: the C side asks.
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import select
 import socket
@@ -19,7 +18,7 @@ from twisted.logger import Logger
 
 from ...core.values import Endpoint
 from ...interfaces import NotAvailable
-from ..udpflows import KEPT, Address, Connected, FlowKey, Traffic
+from ..udpflows import KEPT, Connected, FlowKey, Traffic
 from ..udpsockets import PlainSocket, Receiver, Sockets, WildcardPort
 from .poller import READABLE, Poller
 
@@ -99,6 +98,8 @@ class NativeTable:
         service = self._ffi.new("struct service *")
         self._lib.udp_service(service)
         self.c = self._ffi.gc(service, self._lib.udp_emptied)
+        #: address in memory → flow
+        self.flows: dict[int, NativeFlow] = {}
         self._drops: dict[str, int] = {}
         self._key = self._ffi.new("struct key *")
 
@@ -106,18 +107,16 @@ class NativeTable:
         return int(self.c.count)
 
     def __iter__(self) -> Iterator[NativeFlow]:
-        # A list of each lot: they may end meanwhile.
-        for answered in (False, True):
-            yield from list(self._inOrder(answered))
+        return iter(list(self.flows.values()))
 
     def __contains__(self, flow: NativeFlow) -> bool:
-        return self._engine.flows.get(self._engine.address(flow.c)) is flow
+        return self.flows.get(self._engine.address(flow.c)) is flow
 
     def _inOrder(self, answered: bool) -> Iterator[NativeFlow]:
         ring = self._ffi.addressof(self.c, "answered" if answered else "unanswered")
         flow = ring.newer
         while flow != ring:
-            yield self._engine.flows[self._engine.address(flow)]
+            yield self.flows[self._engine.address(flow)]
             flow = flow.newer
 
     @property
@@ -138,17 +137,17 @@ class NativeTable:
     def find(self, key: FlowKey) -> NativeFlow | None:
         self._pack(key, self._key)
         found = self._lib.udp_find(self._engine.c, self.c, self._key)
-        return self._engine.flows[self._engine.address(found)] if found else None
+        return self.flows[self._engine.address(found)] if found else None
 
     def add(self, flow: NativeFlow) -> None:
         fd = flow.socket.fileno() if isinstance(flow.socket, PlainSocket) else -1
         failed = self._lib.udp_add(self._engine.c, self.c, flow.c, fd)
         if failed:
             raise OSError(-failed, os.strerror(-failed))
-        self._engine.flows[self._engine.address(flow.c)] = flow
+        self.flows[self._engine.address(flow.c)] = flow
 
     def remove(self, flow: NativeFlow) -> None:
-        del self._engine.flows[self._engine.address(flow.c)]
+        del self.flows[self._engine.address(flow.c)]
         flow.ended()
         self._lib.udp_remove(self._engine.c, flow.c)
 
@@ -204,9 +203,10 @@ class NativeTable:
 
     def _pack(self, key: FlowKey, into: Any) -> None:
         (host, port, *rest), dialled = key
-        address = ipaddress.ip_address(host.partition("%")[0]).packed
+        six = ":" in host
+        address = socket.inet_pton(socket.AF_INET6 if six else socket.AF_INET, host.partition("%")[0])
         into.address = address.ljust(16, b"\0")
-        into.six = len(address) == 16
+        into.six = six
         into.port = port
         into.scope = rest[1] if rest else 0
         into.dialledSize = len(dialled)
@@ -257,8 +257,7 @@ class NativeSockets(Sockets):
         self.c = ffi.gc(engine, lib.udp_free)
         self._ask = ffi.new("struct ask *")
         self._fd = lib.udp_fd(engine)
-        #: address in memory → what is there
-        self.flows: dict[int, NativeFlow] = {}
+        #: address of the service in memory → its port
         self._ports: dict[int, NativePort] = {}
 
     @property
@@ -332,10 +331,10 @@ class NativeSockets(Sockets):
             address, port.dialled = port.flows.unpacked(ask.key)
             proxier.datagramReceived(bytes(self.ffi.buffer(ask.data, ask.size)), address)
         elif ask.what == _UNSENT:
-            flow = self.flows[self.address(ask.flow)]
+            flow = port.flows.flows[self.address(ask.flow)]
             proxier.unsent(flow, ask.number, bytes(self.ffi.buffer(ask.data, ask.size)))
         else:
-            proxier.failed(self.flows[self.address(ask.flow)], ask.number)
+            proxier.failed(port.flows.flows[self.address(ask.flow)], ask.number)
 
 
 def _zone(scope: int) -> str:
