@@ -223,9 +223,13 @@ def measure(
     return {key: Result(*map(statistics.median, zip(*results, strict=True))) for key, results in found.items()}
 
 
+_WIDTHS = (12, 9, 7, 9, 9)
+
+
 def table(results: dict[tuple[str, str], Result]) -> str:
     """The figures as text, with ratios to nginx."""
-    lines = [f"{'load':<8} {'through':<8} {'datagrams/s':>12} {'of nginx':>9} {'CPU us':>7} {'of nginx':>9} {'silences':>9}"]
+    heads = ("datagrams/s", "of nginx", "CPU us", "of nginx", "silences")
+    lines = [f"{'load':<8} {'through':<8} " + " ".join(f"{it:>{n}}" for it, n in zip(heads, _WIDTHS, strict=True))]
     for (name, load), it in sorted(results.items(), key=lambda item: item[0][1]):
         peer = results.get(("nginx", load))
         ratio = f"{it.perSecond / peer.perSecond:9.2f}" if peer else " " * 9
@@ -235,7 +239,7 @@ def table(results: dict[tuple[str, str], Result]) -> str:
 
 
 def flows(folder: Path, engines: Sequence[str] = ("native", "python"), count: int = 5000) -> dict[str, float]:
-    """What a flow takes of the proxy's memory, in bytes, by engine: for so many clients that each were answered once."""
+    """What a flow takes of the proxy's memory, in bytes, by engine: so many clients that each were answered."""
     program = build(folder)
     found = {}
     for engine in engines:

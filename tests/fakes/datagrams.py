@@ -16,7 +16,8 @@ from typing import Any
 
 from twisted_kproxy.core.values import Endpoint
 from twisted_kproxy.userspace.engines.datagrams import NativePort, NativeSockets
-from twisted_kproxy.userspace.udpsockets import Sockets, WildcardPort
+from twisted_kproxy.userspace.udpport import WildcardPort
+from twisted_kproxy.userspace.udpsockets import Sockets
 
 _IP_PKTINFO = 8
 _UDP_SEGMENT, _UDP_GRO, _SOL_UDP = 103, 104, 17

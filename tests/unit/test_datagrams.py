@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import errno
+import gc
 from typing import Any
 from unittest import mock
 
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from twisted.internet import reactor
 from twisted.trial.unittest import TestCase
 
@@ -15,9 +18,9 @@ from tests.shared.policies import endpoint, endpoints
 from tests.shared.relays import descriptors
 from tests.unit.test_udp import CLIENT, UdpCase
 from twisted_kproxy.interfaces import NoEndpoint, NotAvailable
-from twisted_kproxy.userspace.engines import datagrams
+from twisted_kproxy.userspace.engines import offload
 from twisted_kproxy.userspace.engines.choose import chooseEngines
-from twisted_kproxy.userspace.engines.datagrams import probeOffload, selfTest
+from twisted_kproxy.userspace.engines.offload import probeOffload, selfTest
 from twisted_kproxy.userspace.engines.poller import Poller
 from twisted_kproxy.userspace.udpsockets import Sockets
 
@@ -218,12 +221,68 @@ class TrainTests(UdpCase):
         self.assertEqual(self.service.trains, [])
 
 
+_STEPS = st.lists(
+    st.one_of(
+        st.tuples(st.just("say"), st.integers(0, 5), st.sampled_from([0, 1, 700, 1500, 1501])),
+        st.tuples(st.just("burst"), st.integers(0, 5), st.integers(2, 5)),
+        st.tuples(st.just("reply"), st.integers(0, 9), st.integers(1, 3)),
+        st.tuples(st.just("refuse"), st.integers(0, 9), st.sampled_from([errno.ECONNREFUSED, errno.EMSGSIZE])),
+        st.tuples(st.just("fail"), st.integers(0, 9), st.sampled_from([errno.ECONNREFUSED, errno.ENOBUFS, errno.EIO])),
+        st.tuples(st.just("pool"), st.integers(0, 3), st.integers(1, 3)),
+        st.tuples(st.just("wait"), st.integers(1, 40), st.just(0)),
+    ),
+    max_size=40,
+)
+
+
+class SameTests(UdpCase):
+    """Both engines do the same."""
+
+    def follow(self, engine: str, steps: list[tuple[str, int, int]]) -> Any:
+        self.engine = engine
+        self.make(1, 2, 3, maxFlows=4)
+        for what, which, much in steps:
+            links = [it for it in self.sockets.connected if it.open]
+            link = links[which % len(links)] if links else None
+            client = ("192.0.2.1", 1000 + which)
+            if what == "say":
+                self.say(b"x" * much, client)
+            elif what == "burst":
+                self.service.arrive(*((b"%d" % number, client, b"a", 0) for number in range(much)))
+            elif what == "pool":
+                self.balancer.pool = list(endpoints(*range(which, which + much)))
+                self.proxier.endpointsChanged(tuple(self.balancer.pool))
+            elif what == "wait":
+                self.clock.pump([1.0] * which)
+            elif link is not None and what == "reply":
+                link.reply(*(b"re %d" % number for number in range(much)))
+            elif link is not None and what == "refuse":
+                link.refuse(much)
+            elif link is not None:
+                link.errors.append(much)
+        told = (
+            [(it.endpoint, it.open, list(it.sent)) for it in self.sockets.connected],
+            self.service.replies,
+            self.proxier.status(),
+            [list(it) for it in vars(self.observer).values()],
+        )
+        self.tearDown()
+        return told
+
+    @settings(deadline=None, max_examples=150)
+    @given(_STEPS)
+    def test_random(self, steps: list[tuple[str, int, int]]) -> None:
+        """Property: whatever happens, both engines send, keep, count and report the same."""
+        self.assertEqual(self.follow("python", steps), self.follow("native", steps))
+
+
 class TrialTests(TestCase):
     """What is tried before it is used."""
 
     def test_selfTest(self) -> None:
         """The trial at the start succeeds, and leaves nothing behind."""
         sockets: Any = socketsOf("native", reactor)
+        gc.collect()  # of engines that earlier tests had
         before = descriptors()
         selfTest(sockets)
         self.assertEqual(descriptors(), before)
@@ -231,15 +290,15 @@ class TrialTests(TestCase):
     def test_selfTestFails(self) -> None:
         """An engine that relays something else is not taken."""
         sockets: Any = socketsOf("native", reactor)
-        with mock.patch.object(datagrams, "_relayed", lambda *_: (b"first", b"")):
+        with mock.patch.object(offload, "_relayed", lambda *_: (b"first", b"")):
             self.assertRaises(NotAvailable, selfTest, sockets)
 
     def test_offload(self) -> None:
         """What is found out about trains is what the kernel does; a kernel without them has none."""
         self.assertIn(probeOffload(), (0, 2, 3))
-        with mock.patch.object(datagrams, "_UDP_SEGMENT", 9999), mock.patch.object(datagrams, "_UDP_GRO", 9999):
+        with mock.patch.object(offload, "UDP_SEGMENT", 9999), mock.patch.object(offload, "UDP_GRO", 9999):
             self.assertEqual(probeOffload(), 0)
-        with mock.patch.object(datagrams, "_UDP_GRO", 9999):
+        with mock.patch.object(offload, "UDP_GRO", 9999):
             self.assertIn(probeOffload(), (0, 2))
 
 
@@ -253,7 +312,7 @@ class ChooseTests(TestCase):
 
     def test_fallsBack(self) -> None:
         """Where the one for datagrams does not work, Python relays them; asked for by name, that is an error."""
-        with mock.patch.object(datagrams, "_relayed", side_effect=OSError(errno.EPERM, "no")):
+        with mock.patch.object(offload, "_relayed", side_effect=OSError(errno.EPERM, "no")):
             _, sockets = chooseEngines(reactor, Poller(reactor))
             self.assertIs(type(sockets), Sockets)
             self.assertRaises(NotAvailable, chooseEngines, reactor, Poller(reactor), "native")

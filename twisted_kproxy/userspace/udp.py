@@ -15,7 +15,8 @@ from zope.interface import implementer
 from ..core.values import Endpoint, Outcome, PoolName
 from ..interfaces import ILoadBalancer, IProxier, ITrafficObserver, NoEndpoint
 from .udpflows import DROPS, Address, AnyFlow, FlowKey
-from .udpsockets import Sockets, WildcardPort
+from .udpport import WildcardPort
+from .udpsockets import Sockets
 
 #: How many endpoints a datagram is sent to at most, one after the other.
 TRIES = 4

@@ -14,7 +14,8 @@ from twisted.logger import Logger
 
 from ...interfaces import IRelay, NotAvailable
 from ..udpsockets import Sockets
-from . import datagrams
+from . import offload
+from .datagrams import NativeSockets
 from .native import NativeRelay, selfTest
 from .pairs import PairRelay
 from .poller import Poller
@@ -33,8 +34,8 @@ def _native(reactor: Any, poller: Poller, threaded: bool) -> IRelay:
 
 
 def _batches(reactor: Any, poller: Poller) -> Sockets:
-    sockets = datagrams.NativeSockets(reactor, poller)
-    datagrams.selfTest(sockets)
+    sockets = NativeSockets(reactor, poller)
+    offload.selfTest(sockets)
     return sockets
 
 

@@ -8,218 +8,19 @@ from __future__ import annotations
 
 import os
 import select
-import socket
-import struct
-from collections.abc import Iterator, Mapping
 from typing import Any
 
-from twisted.internet.protocol import DatagramProtocol
 from twisted.logger import Logger
 
 from ...core.values import Endpoint
 from ...interfaces import NotAvailable
-from ..udpflows import KEPT, Connected, FlowKey, Traffic
-from ..udpsockets import PlainSocket, Receiver, Sockets, WildcardPort
+from ..udpport import WildcardPort
+from ..udpsockets import PlainSocket, Receiver, Sockets
+from .nativeflows import NativeTable
+from .offload import GRO, GSO, SOL_UDP, UDP_GRO, probeOffload
 from .poller import READABLE, Poller
 
 _UNKNOWN, _UNSENT, _REPORTED = 1, 2, 3
-_GRO, _GSO = 1, 2
-_REASONS = ("too-long", "busy", "error")
-
-# From linux/udp.h
-_SOL_UDP = 17
-_UDP_SEGMENT = 103
-_UDP_GRO = 104
-
-
-class NativeFlow:
-    """An :class:`~twisted_kproxy.userspace.udpflows.AnyFlow` that C has; C counts."""
-
-    __slots__ = ("_kept", "_table", "_tried", "c", "endpoint", "since", "socket")
-
-    def __init__(
-        self, table: NativeTable, c: Any, endpoint: Endpoint, since: float, tried: tuple[Endpoint, ...]
-    ) -> None:
-        self._table = table
-        self.c = c
-        self.endpoint = endpoint
-        self.since = since
-        self.socket: Connected | None = None
-        self._tried = tried
-        self._kept: bytes | None = None
-
-    @property
-    def key(self) -> FlowKey:
-        return self._table.unpacked(self.c.key)
-
-    @property
-    def used(self) -> float:
-        return float(self.c.used)
-
-    @property
-    def answered(self) -> bool:
-        return bool(self.c.answered)
-
-    @property
-    def tried(self) -> tuple[Endpoint, ...]:
-        return () if self.c.answered else self._tried
-
-    @property
-    def unanswered(self) -> bytes | None:
-        return self._kept if self._kept is not None else self._table.kept(self.c)
-
-    @property
-    def sent(self) -> int:
-        return int(self.c.sent)
-
-    @property
-    def received(self) -> int:
-        return int(self.c.received)
-
-    @property
-    def stale(self) -> bool:
-        return bool(self.c.stale)
-
-    @stale.setter
-    def stale(self, stale: bool) -> None:
-        self.c.stale = stale
-
-    def ended(self) -> None:
-        """C forgets it: what may still be asked for is kept here."""
-        self._kept = self._table.kept(self.c)
-
-
-class NativeTable:
-    """:class:`~twisted_kproxy.userspace.udpflows.Flows` that C has."""
-
-    def __init__(self, engine: NativeSockets) -> None:
-        self._engine = engine
-        self._lib, self._ffi = engine.lib, engine.ffi
-        service = self._ffi.new("struct service *")
-        self._lib.udp_service(service)
-        self.c = self._ffi.gc(service, self._lib.udp_emptied)
-        #: address in memory → flow
-        self.flows: dict[int, NativeFlow] = {}
-        self._drops: dict[str, int] = {}
-        self._key = self._ffi.new("struct key *")
-
-    def __len__(self) -> int:
-        return int(self.c.count)
-
-    def __iter__(self) -> Iterator[NativeFlow]:
-        return iter(list(self.flows.values()))
-
-    def __contains__(self, flow: NativeFlow) -> bool:
-        return self.flows.get(self._engine.address(flow.c)) is flow
-
-    def _inOrder(self, answered: bool) -> Iterator[NativeFlow]:
-        ring = self._ffi.addressof(self.c, "answered" if answered else "unanswered")
-        flow = ring.newer
-        while flow != ring:
-            yield self.flows[self._engine.address(flow)]
-            flow = flow.newer
-
-    @property
-    def unanswered(self) -> int:
-        return int(self.c.unansweredCount)
-
-    # --- flows
-
-    def make(
-        self, key: FlowKey, endpoint: Endpoint, now: float, since: float, tried: tuple[Endpoint, ...]
-    ) -> NativeFlow:
-        flow = self._ffi.new("struct flow *")
-        self._lib.udp_flow(flow)
-        flow.used = now
-        self._pack(key, flow.key)
-        return NativeFlow(self, flow, endpoint, since, tried)
-
-    def find(self, key: FlowKey) -> NativeFlow | None:
-        self._pack(key, self._key)
-        found = self._lib.udp_find(self._engine.c, self.c, self._key)
-        return self.flows[self._engine.address(found)] if found else None
-
-    def add(self, flow: NativeFlow) -> None:
-        fd = flow.socket.fileno() if isinstance(flow.socket, PlainSocket) else -1
-        failed = self._lib.udp_add(self._engine.c, self.c, flow.c, fd)
-        if failed:
-            raise OSError(-failed, os.strerror(-failed))
-        self.flows[self._engine.address(flow.c)] = flow
-
-    def remove(self, flow: NativeFlow) -> None:
-        del self.flows[self._engine.address(flow.c)]
-        flow.ended()
-        self._lib.udp_remove(self._engine.c, flow.c)
-
-    def touch(self, flow: NativeFlow, now: float) -> None:
-        self._lib.udp_touch(flow.c, now)
-
-    def answer(self, flow: NativeFlow, now: float) -> None:
-        self._lib.udp_answer(flow.c, now)
-        self._lib.udp_keep(flow.c, self._ffi.NULL, -1)
-
-    def sent(self, flow: NativeFlow, datagram: bytes) -> None:
-        size = len(datagram)
-        flow.c.sent += size
-        self.c.sentBytes += size
-        self.c.sentCount += 1
-        self._lib.udp_keep(flow.c, datagram, size if size <= KEPT else -1)
-
-    def drop(self, reason: str) -> None:
-        self._drops[reason] = self._drops.get(reason, 0) + 1
-
-    def drops(self) -> Mapping[str, int]:
-        drops = dict(self._drops)
-        for reason, count in zip(_REASONS, self.c.dropped, strict=True):
-            if count:
-                drops[reason] = drops.get(reason, 0) + count
-        return drops
-
-    def traffic(self) -> Traffic:
-        c = self.c
-        return Traffic(c.sentCount, c.sentBytes, c.receivedCount, c.receivedBytes)
-
-    def victim(self) -> NativeFlow | None:
-        return next(self._inOrder(False), None) or next(self._inOrder(True), None)
-
-    def idle(self, before: float, atMost: int) -> list[NativeFlow]:
-        found: list[NativeFlow] = []
-        for answered in (False, True):
-            for flow in self._inOrder(answered):
-                if len(found) == atMost or flow.used > before:
-                    break
-                found.append(flow)
-        return found
-
-    def oldest(self) -> float | None:
-        fronts = (next(self._inOrder(False), None), next(self._inOrder(True), None))
-        return min((flow.used for flow in fronts if flow is not None), default=None)
-
-    # --- between C and Python
-
-    def kept(self, c: Any) -> bytes | None:
-        """The last datagram sent, while nothing has come back since."""
-        return bytes(self._ffi.buffer(c.kept, c.keptSize)) if c.keptSize >= 0 else None
-
-    def _pack(self, key: FlowKey, into: Any) -> None:
-        (host, port, *rest), dialled = key
-        six = ":" in host
-        address = socket.inet_pton(socket.AF_INET6 if six else socket.AF_INET, host.partition("%")[0])
-        into.address = address.ljust(16, b"\0")
-        into.six = six
-        into.port = port
-        into.scope = rest[1] if rest else 0
-        into.dialledSize = len(dialled)
-        into.dialled = dialled.ljust(24, b"\0")
-
-    def unpacked(self, key: Any) -> FlowKey:
-        """A client's address, and what it had dialled."""
-        dialled = bytes(key.dialled)[: key.dialledSize]
-        if key.six:
-            host = socket.inet_ntop(socket.AF_INET6, bytes(key.address))
-            zone = f"%{_zone(key.scope)}" if key.scope else ""
-            return (host + zone, key.port, 0, key.scope), dialled
-        return (socket.inet_ntop(socket.AF_INET, bytes(key.address)[:4]), key.port), dialled
 
 
 class NativePort(WildcardPort):
@@ -262,7 +63,7 @@ class NativeSockets(Sockets):
 
     @property
     def description(self) -> str:  # type: ignore[override]
-        offloads = [name for flag, name in ((_GRO, "GRO"), (_GSO, "GSO")) if self.offload & flag]
+        offloads = [name for flag, name in ((GRO, "GRO"), (GSO, "GSO")) if self.offload & flag]
         return f"in batches, {' and '.join(offloads) or 'without GRO and GSO'}"
 
     def address(self, c: Any) -> int:
@@ -272,13 +73,13 @@ class NativeSockets(Sockets):
     # --- Sockets
 
     def table(self) -> NativeTable:
-        return NativeTable(self)
+        return NativeTable(self.ffi, self.lib, self.c)
 
     def connect(self, endpoint: Endpoint, receiver: Receiver, flow: Any) -> PlainSocket:
         skt = self._connect(endpoint)
         try:
-            if self.offload & _GRO:
-                skt.setsockopt(_SOL_UDP, _UDP_GRO, 1)
+            if self.offload & GRO:
+                skt.setsockopt(SOL_UDP, UDP_GRO, 1)
             connected = PlainSocket(skt, self._forget)
         except BaseException:
             skt.close()
@@ -290,8 +91,8 @@ class NativeSockets(Sockets):
 
     def attach(self, port: NativePort) -> None:
         """Read that socket."""
-        if self.offload & _GRO:
-            port.socket.setsockopt(_SOL_UDP, _UDP_GRO, 1)
+        if self.offload & GRO:
+            port.socket.setsockopt(SOL_UDP, UDP_GRO, 1)
         failed = self.lib.udp_listen(self.c, port.flows.c, port.socket.fileno())
         if failed:
             raise OSError(-failed, os.strerror(-failed))
@@ -335,105 +136,3 @@ class NativeSockets(Sockets):
             proxier.unsent(flow, ask.number, bytes(self.ffi.buffer(ask.data, ask.size)))
         else:
             proxier.failed(port.flows.flows[self.address(ask.flow)], ask.number)
-
-
-def _zone(scope: int) -> str:
-    try:
-        return socket.if_indextoname(scope)
-    except OSError:
-        return str(scope)
-
-
-class _Trial(DatagramProtocol):
-    """Leads a single client to a single endpoint."""
-
-    noisy = False
-
-    def __init__(self, sockets: NativeSockets, endpoint: Endpoint) -> None:
-        self._sockets = sockets
-        self._endpoint = endpoint
-        self.flows = sockets.table()
-        self.port = sockets.listen("IPv4", 0, self, self.flows)
-
-    def datagramReceived(self, datagram: bytes, addr: Any) -> None:
-        flow = self.flows.make((addr, self.port.dialled), self._endpoint, 0.0, 0.0, ())
-        connected = flow.socket = self._sockets.connect(self._endpoint, self, flow)  # type: ignore[arg-type]
-        self.flows.add(flow)
-        connected.send(datagram)
-
-    def close(self) -> None:
-        for flow in self.flows:
-            self.flows.remove(flow)
-            if flow.socket is not None:
-                flow.socket.close()
-        self._sockets.close(self.port)
-
-
-def selfTest(sockets: NativeSockets) -> None:
-    """
-    A few datagrams there and back, over loopback.
-
-    :raise NotAvailable: where they do not come through.
-    """
-    with (
-        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client,
-        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as backend,
-    ):
-        try:
-            backend.bind(("127.0.0.1", 0))
-            trial = _Trial(sockets, Endpoint(*backend.getsockname()))
-            try:
-                client.connect(("127.0.0.1", trial.port.number))
-                heard = [_relayed(sockets, client, backend, question) for question in (b"first", b"second")]
-                traffic = tuple(trial.flows.traffic())
-            finally:
-                trial.close()
-        except OSError as error:
-            raise NotAvailable(f"its trial failed: {error}") from None
-        # What Python sends first counts for no more than what it is told.
-        if heard != [(b"first", b"re first"), (b"second", b"re second")] or traffic != (1, 6, 2, 17):
-            raise NotAvailable(f"its trial gave {heard!r} and counted {traffic!r}")
-
-
-def _relayed(
-    sockets: NativeSockets, client: socket.socket, backend: socket.socket, question: bytes
-) -> tuple[bytes, bytes]:
-    client.send(question)
-    sockets.relay(100)
-    backend.settimeout(0)
-    heard, address = backend.recvfrom(100)
-    backend.sendto(b"re " + heard, address)
-    sockets.relay(100)
-    client.settimeout(0)
-    return heard, client.recv(100)
-
-
-def probeOffload() -> int:
-    """Whether the kernel takes trains of datagrams whole, and cuts them: tried over loopback, with three datagrams."""
-    with (
-        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as receiver,
-        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender,
-    ):
-        try:
-            receiver.bind(("127.0.0.1", 0))
-            sender.connect(receiver.getsockname())
-            sender.sendmsg((b"x" * 300,), ((_SOL_UDP, _UDP_SEGMENT, struct.pack("@H", 100)),))
-            if len(_arrived(receiver)) != 100:
-                return 0
-            while _arrived(receiver, wait=0):
-                pass
-        except OSError:
-            return 0
-        try:
-            receiver.setsockopt(_SOL_UDP, _UDP_GRO, 1)
-            sender.sendmsg((b"x" * 300,), ((_SOL_UDP, _UDP_SEGMENT, struct.pack("@H", 100)),))
-            return _GSO | _GRO if len(_arrived(receiver)) == 300 else _GSO
-        except OSError:
-            return _GSO
-
-
-def _arrived(receiver: socket.socket, wait: int = 100) -> bytes:
-    """A datagram, or train; ``b""`` where none comes within so many milliseconds."""
-    poll = select.poll()
-    poll.register(receiver, select.POLLIN)
-    return receiver.recv(1000) if poll.poll(wait) else b""
