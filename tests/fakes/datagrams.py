@@ -30,7 +30,7 @@ class FakeSocket:
     A socket.
 
     :ivar sent: what the proxy has sent here. :ivar calls: how many went out with each call of the C engine.
-    :ivar errors: one for each datagram that is sent next. :ivar trouble: what reading says next.
+    :ivar errors: one for each datagram that is sent next, 0 for none. :ivar trouble: what reading says next.
     :ivar trains: sizes of the datagrams of each train that was sent in one piece.
     :ivar noTrains: the error with which trains are refused.
     """
@@ -80,8 +80,9 @@ class FakeSocket:
         assert self.open, "sent to a closed socket"
         if segment and self.noTrains:
             raise OSError(self.noTrains, "no trains")
-        if self.errors:
-            raise OSError(self.errors.pop(0), "not sent")
+        number = self.errors.pop(0) if self.errors else 0
+        if number:
+            raise OSError(number, "not sent")
         if segment:
             self.trains.append(segment)
         parts = [data[at : at + segment] for at in range(0, len(data), segment)] if segment else [data]
@@ -290,11 +291,13 @@ class FakeNativeSockets(FakesMixin, NativeSockets):
         if address:
             name = packedName(address)
             self._clients[name] = address
+            assert header.msg_namelen >= len(name), "no room for the sender"
             self.ffi.memmove(header.msg_name, name, len(name))
             header.msg_namelen = len(name)
         control = b"".join(packedControl(*it) for it in packetInfo(address, dialled))
         if segment:
             control += packedControl(_SOL_UDP, _UDP_GRO, struct.pack("@i", segment))
+        assert header.msg_controllen >= len(control), "no room for control messages"
         self.ffi.memmove(header.msg_control, control, len(control))
         header.msg_controllen = len(control)
 

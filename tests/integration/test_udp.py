@@ -115,6 +115,14 @@ class Echo(Peer):
         self.socket.sendto(datagram, address)
 
 
+class Trains(Peer):
+    """An endpoint that answers in trains: four datagrams of two bytes and one of one, for the kernel to cut."""
+
+    def got(self, datagram: bytes, address: tuple[Any, ...]) -> None:
+        segment = [(socket.IPPROTO_UDP, 103, (2).to_bytes(2, sys.byteorder))]
+        self.socket.sendmsg([datagram * 4 + b"."], segment, 0, address)
+
+
 class Turns:
     """In the place of the balancer."""
 
@@ -273,6 +281,13 @@ class LoopbackMixin:
         await client.arrivals(33)
         self.assertEqual(b"".join(datagram for datagram, _ in client.arrived), 3 * sent)
         self.assertEqual((self.status("datagramsSent"), self.status("datagramsReceived")), (33, 33))
+        self.balancer.pool = [self.endpoint(Trains)[1]]
+        another = self.client()
+        for count in range(4):
+            another.socket.sendto(b"%2d" % count, self.to())
+            await another.arrivals(5 * count + 5)
+        expected = [[b"%2d" % count] * 4 + [b"."] for count in range(4)]
+        self.assertEqual([datagram for datagram, _ in another.arrived], sum(expected, []))
 
     async def test_clientsApart(self) -> None:
         """Two hundred clients at a time over three endpoints: each gets its own replies and no other's."""

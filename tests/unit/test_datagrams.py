@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import os
 from typing import Any
 from unittest import mock
 
@@ -82,6 +83,14 @@ class BatchTests(UdpCase):
         self.assertEqual((self.first.sent, self.last.sent), ([b"0"], [b"0", b"1", b"2", b"3"]))
         self.assertEqual((self.reasons(), self.drops()), (["refused"], {}))
 
+    def test_newClientRefusedInABatch(self) -> None:
+        """When the endpoint of a new client refuses the second datagram of a batch, nothing is lost or overtaken."""
+        self.sockets.errors[endpoint(1)] = [0, errno.ECONNREFUSED]
+        self.arrive((b"1", CLIENT), (b"2", CLIENT), (b"3", CLIENT), (b"x", ANOTHER))
+        sent = [s.sent for s in self.sockets.connected]
+        self.assertEqual(sent, [[b"1"], [b"1", b"2", b"3"], [b"x"]])
+        self.assertEqual(self.drops(), {})
+
     def test_allRefuseInABatch(self) -> None:
         """Where all refuse, each datagram of the batch is tried and dropped; nothing hangs."""
         self.say(b"0")
@@ -134,10 +143,16 @@ class BatchTests(UdpCase):
         wake, self.sockets.kernel.wake = self.sockets.kernel.wake, lambda skt, events: None
         first.reply(b"re 1")
         second.reply(b"re 2")
+        # As another process has them for a moment after fork().
+        copies = [os.dup(skt.fd) for skt in (first, second)]
+        for copy in copies:
+            self.addCleanup(os.close, copy)
+            os.eventfd_write(copy, 1)
         self.proxier.abort()
+        gc.collect()
         self.sockets.kernel.wake = wake
         self.sockets.relay(0)
-        self.assertEqual(self.service.sent, [])
+        self.assertEqual((self.service.sent, first.arrivals[0][0]), ([], b"re 1"))
 
 
 class TrainTests(UdpCase):
@@ -153,13 +168,15 @@ class TrainTests(UdpCase):
     def test_goesInOnePiece(self) -> None:
         """A train goes on as one, both ways; each of its datagrams counts, and the last may be sent again."""
         self.say(b"hello")
+        self.last.reply(b"single")
+        self.service.sent.clear()
         self.train()
         self.last.reply(self.TRAIN, segment=4)
         self.assertEqual((self.last.sent, self.last.trains), ([b"hello", *self.PARTS], [4]))
         self.assertEqual((self.service.sent, self.service.trains), (self.PARTS, [4]))
         status = self.proxier.status()
         self.assertEqual([status[it] for it in ("datagramsSent", "bytesSent")], [5, 18])
-        self.assertEqual([status[it] for it in ("datagramsReceived", "bytesReceived")], [4, 13])
+        self.assertEqual([status[it] for it in ("datagramsReceived", "bytesReceived")], [5, 19])
         self.train()
         self.last.refuse()
         self.assertEqual(self.last.sent, [b"d"])
