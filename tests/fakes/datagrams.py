@@ -116,16 +116,18 @@ class FakeSocket:
     def recvmsg(self, size: int, space: int = 0, flags: int = 0) -> tuple[bytes, list[Any], int, Address]:
         if flags & socket.MSG_ERRQUEUE:
             raise BlockingIOError(errno.EAGAIN, "none")
-        data, address, dialled, _ = self.take()
-        return data, packetInfo(address, dialled), 0, address
+        data, address, dialled, segment = self.take()
+        train = [(_SOL_UDP, _UDP_GRO, struct.pack("@i", segment))] if segment else []
+        return data, packetInfo(address, dialled) + train, 0, address
 
     def send(self, data: bytes) -> int:
         self.put(data, (), b"", 0)
         return len(data)
 
-    def sendmsg(self, buffers: Any, ancillary: Any, flags: int, address: Address) -> int:
+    def sendmsg(self, buffers: Any, ancillary: Any, flags: int = 0, address: Address = ()) -> int:
         data = b"".join(buffers)
-        self.put(data, address, dialledIn([it[2] for it in ancillary]), 0)
+        segment = next((struct.unpack("@H", it[2])[0] for it in ancillary if it[:2] == (_SOL_UDP, _UDP_SEGMENT)), 0)
+        self.put(data, address, dialledIn([it[2] for it in ancillary]), segment)
         return len(data)
 
 
@@ -220,10 +222,10 @@ class FakesMixin:
 class FakeSockets(FakesMixin, Sockets):
     """The engine in Python."""
 
-    def __init__(self, reactor: Any) -> None:
+    def __init__(self, reactor: Any, offload: int = 3) -> None:
         self.prepare()
         poller: Any = FakePoller()
-        super().__init__(reactor, poller)
+        super().__init__(reactor, poller, offload)
         self.portType = type("Port", (FakePort,), {"kernel": self.kernel})
 
         def wake(skt: FakeSocket, events: int) -> None:

@@ -286,8 +286,8 @@ class LoopbackMixin:
         for count in range(4):
             another.socket.sendto(b"%2d" % count, self.to())
             await another.arrivals(5 * count + 5)
-        expected = [[b"%2d" % count] * 4 + [b"."] for count in range(4)]
-        self.assertEqual([datagram for datagram, _ in another.arrived], sum(expected, []))
+        expected = [part for count in range(4) for part in (*[b"%2d" % count] * 4, b".")]
+        self.assertEqual([datagram for datagram, _ in another.arrived], expected)
 
     async def test_clientsApart(self) -> None:
         """Two hundred clients at a time over three endpoints: each gets its own replies and no other's."""

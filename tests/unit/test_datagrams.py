@@ -238,6 +238,50 @@ class TrainTests(UdpCase):
         self.assertEqual(self.service.trains, [])
 
 
+class PythonTrainTests(UdpCase):
+    """The engine in Python takes trains of clients, too, and sends them on as such; those of endpoints come cut up."""
+
+    TRAIN, PARTS = TrainTests.TRAIN, TrainTests.PARTS
+
+    def train(self) -> None:
+        self.service.arrive((self.TRAIN, CLIENT, b"a", 4))
+
+    def test_goesInOnePiece(self) -> None:
+        """A new client's train goes one by one, later ones in one piece; each datagram counts."""
+        self.train()
+        self.train()
+        self.assertEqual((self.last.sent, self.last.trains), ([*self.PARTS, *self.PARTS], [4]))
+        status = self.proxier.status()
+        self.assertEqual([status[it] for it in ("datagramsSent", "bytesSent")], [8, 26])
+        self.last.refuse()
+        self.assertEqual(self.last.sent, [b"d"])
+
+    def test_notTaken(self) -> None:
+        """Where the kernel cannot cut trains for that path they go one by one from then on."""
+        self.say(b"hello")
+        self.last.noTrains = errno.EIO
+        self.train()
+        self.last.noTrains = 0
+        self.train()
+        self.assertEqual((self.last.sent, self.last.trains), ([b"hello", *self.PARTS, *self.PARTS], []))
+
+    def test_refused(self) -> None:
+        """An endpoint that refuses a train is left, and all of the train goes to the next one."""
+        self.say(b"hello")
+        self.last.errors = [errno.ECONNREFUSED]
+        self.train()
+        self.assertEqual((self.last.endpoint, self.last.sent), (endpoint(2), [b"hello", *self.PARTS]))
+
+    def test_withoutOffload(self) -> None:
+        """Where the kernel is known to cut none, trains are not even tried."""
+        self.offload = 1
+        self.make(1)
+        self.say(b"hello")
+        self.last.noTrains = errno.EADDRNOTAVAIL
+        self.train()
+        self.assertEqual(self.last.sent, [b"hello", *self.PARTS])
+
+
 _STEPS = st.lists(
     st.one_of(
         st.tuples(st.just("say"), st.integers(0, 5), st.sampled_from([0, 1, 700, 1500, 1501])),

@@ -110,8 +110,8 @@ class UdpCase(SynchronousTestCase):
         self.clock = TurningClock()
         self.clock.advance(1000)
         try:
-            native = self.engine == "native"
-            self.sockets: Any = FakeNativeSockets(self.clock, self.offload) if native else FakeSockets(self.clock)
+            kind = FakeNativeSockets if self.engine == "native" else FakeSockets
+            self.sockets: Any = kind(self.clock, self.offload)
         except NotAvailable as error:
             raise SkipTest(str(error)) from None
         self.balancer = FakeBalancer(*numbers)

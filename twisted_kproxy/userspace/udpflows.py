@@ -25,6 +25,8 @@ KEPT = 1500
 
 #: Why a datagram is dropped, by the error number with which the kernel does not take it; ``error`` for any other.
 DROPS = {errno.EMSGSIZE: "too-long", errno.EAGAIN: "busy", errno.ENOBUFS: "busy", errno.ENOMEM: "busy"}
+#: With these the kernel says that it cannot cut a train of datagrams, or not for that path.
+UNCUT = frozenset({errno.EINVAL, errno.EMSGSIZE, errno.EIO, errno.EOPNOTSUPP})
 
 
 class Connected(Protocol):
@@ -159,12 +161,17 @@ class Flows(Protocol):
 
 
 class Flow:
-    """An :class:`AnyFlow` whose datagrams go through Python."""
+    """
+    An :class:`AnyFlow` whose datagrams go through Python.
+
+    :ivar plain: trains do not get through in one piece.
+    """
 
     __slots__ = (
         "answered",
         "endpoint",
         "key",
+        "plain",
         "received",
         "sent",
         "since",
@@ -186,6 +193,7 @@ class Flow:
         self.socket = None
         self.answered = False
         self.stale = False
+        self.plain = False
         self.unanswered: bytes | None = None
         self.sent = 0
         self.received = 0

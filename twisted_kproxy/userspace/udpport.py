@@ -10,6 +10,7 @@ with every reply.
 from __future__ import annotations
 
 import socket
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -20,8 +21,9 @@ from twisted.internet.protocol import DatagramProtocol
 from twisted.logger import Logger
 
 from ..core.values import Family
+from .engines.offload import GRO, GSO, SOL_UDP, UDP_GRO
 from .engines.poller import READABLE, Poller
-from .udpflows import DROPS, Flow
+from .udpflows import DROPS, UNCUT, Flow
 
 #: The most that a UDP length field can say: nothing is ever truncated.
 LARGEST = 65535
@@ -30,7 +32,7 @@ TURN = 64
 #: Bursts wait here while the reactor does other work. The kernel only charges what is queued.
 SHARED_BUFFER = 1 << 20
 
-_ANCILLARY = socket.CMSG_SPACE(20)
+_ANCILLARY = socket.CMSG_SPACE(20) + socket.CMSG_SPACE(4)
 
 # A node has few addresses that clients dial; how to answer from each is kept ready.
 _ADDRESSES = 64
@@ -108,6 +110,8 @@ class WildcardPort(udp.Port):
                 skt.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
             else:
                 skt.setsockopt(socket.IPPROTO_IP, _IP_PKTINFO, 1)
+            if self.engine.offload & GRO:
+                skt.setsockopt(SOL_UDP, UDP_GRO, 1)
             enlarge(skt, SHARED_BUFFER)
         except BaseException:
             skt.close()
@@ -136,6 +140,12 @@ class WildcardPort(udp.Port):
             dialled = known.get(ancillary[0][2]) if len(ancillary) == 1 else None
             if dialled is None:
                 dialled = self._read(ancillary)
+                segment = _segment(ancillary)
+                if 0 < segment < len(datagram):
+                    self._train(datagram, segment, address, dialled)
+                    if not self.connected:
+                        return
+                    continue
             key = (address, dialled)
             flow = answered.get(key)
             if flow is not None and not flow.stale:
@@ -143,11 +153,7 @@ class WildcardPort(udp.Port):
             else:
                 flow = new.get(key)
                 if flow is None or flow.stale:
-                    self.dialled = dialled
-                    try:
-                        protocol.datagramReceived(datagram, address)
-                    except Exception:
-                        self.log.failure("A datagram was lost because of a defect")
+                    self._decide(datagram, address, dialled)
                     if not self.connected:
                         return
                     continue
@@ -158,6 +164,32 @@ class WildcardPort(udp.Port):
                 protocol.unsent(flow, number, datagram)
             else:
                 flows.sent(flow, datagram)
+
+    def _train(self, data: bytes, segment: int, address: Any, dialled: bytes) -> None:
+        """Datagrams of one size, the last one perhaps shorter, that came in one piece go on as one, if possible."""
+        flow = self.flows.find((address, dialled))
+        parts = [data[at : at + segment] for at in range(0, len(data), segment)]
+        if flow is not None and not (flow.stale or flow.plain) and self.engine.offload & GSO:
+            number = flow.socket.sendTrain(data, segment)
+            if not number:
+                self.flows.touch(flow, self._seconds())
+                for part in parts:
+                    self.flows.sent(flow, part)
+                return
+            if number in UNCUT:
+                flow.plain = True
+            else:
+                self.protocol.unsent(flow, number, parts.pop(0))
+        for part in parts:
+            if self.connected:
+                self._decide(part, address, dialled)
+
+    def _decide(self, datagram: bytes, address: Any, dialled: bytes) -> None:
+        self.dialled = dialled
+        try:
+            self.protocol.datagramReceived(datagram, address)
+        except Exception:
+            self.log.failure("A datagram was lost because of a defect")
 
     def reply(self, flow: Flow, datagram: bytes) -> None:
         """A flow's endpoint has sent this: send it to the client, from the address that it had dialled."""
@@ -198,6 +230,14 @@ class WildcardPort(udp.Port):
             self.stopReading()
             self.connectionLost()  # type: ignore[no-untyped-call]
         return succeed(None)
+
+
+def _segment(ancillary: list[tuple[int, int, bytes]]) -> int:
+    """The size of a train's datagrams; 0 where it is none."""
+    for level, kind, data in ancillary:
+        if level == SOL_UDP and kind == UDP_GRO:
+            return int.from_bytes(data[:4], sys.byteorder)
+    return 0
 
 
 def _dialled(ancillary: list[tuple[int, int, bytes]]) -> bytes:

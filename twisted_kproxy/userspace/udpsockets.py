@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import errno
 import socket
+import sys
 from collections.abc import Callable
 from typing import Any, Protocol
 
 from twisted.internet.protocol import DatagramProtocol
 
 from ..core.values import Endpoint, Family
+from .engines.offload import SOL_UDP, UDP_SEGMENT, described, probeOffload
 from .engines.poller import ERROR, READABLE, Poller
 from .sockets import familyOf, markOwn, openSocket
 from .udpflows import Address, Flows, FlowTable
@@ -72,6 +74,16 @@ class PlainSocket:
             return errno.EBADF
         try:
             self._socket.send(datagram)
+        except OSError as error:
+            return error.errno or errno.EIO
+        return 0
+
+    def sendTrain(self, data: bytes, segment: int) -> int:
+        """The same with datagrams of that size, which the kernel cuts."""
+        if self._socket is None:
+            return errno.EBADF
+        try:
+            self._socket.sendmsg((data,), ((SOL_UDP, UDP_SEGMENT, segment.to_bytes(2, sys.byteorder)),))
         except OSError as error:
             return error.errno or errno.EIO
         return 0
@@ -156,18 +168,24 @@ class Sockets:
 
     :param reactor: provides IReactorTime.
     :param poller: tells when there is something to read.
+    :param offload: whether the kernel takes trains of datagrams and cuts them (:data:`~.engines.offload.GRO`,
+        :data:`~.engines.offload.GSO`); ``None`` to try.
     """
 
-    #: For the log.
-    description = "one at a time"
     portType: type[WildcardPort] = WildcardPort
 
-    def __init__(self, reactor: Any, poller: Poller) -> None:
+    def __init__(self, reactor: Any, poller: Poller, offload: int | None = None) -> None:
+        self.offload = probeOffload() if offload is None else offload
         self._reactor = reactor
         self._poller = poller
         self._connected: set[Address] = set()
         self._forget = self._connected.discard
         self._listening: set[int] = set()
+
+    @property
+    def description(self) -> str:
+        """How it goes about it, for the log."""
+        return f"one at a time, {described(self.offload)}"
 
     def table(self) -> Flows:
         """A table for the flows of one proxier."""

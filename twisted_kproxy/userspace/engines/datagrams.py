@@ -17,7 +17,7 @@ from ...interfaces import NotAvailable
 from ..udpport import WildcardPort
 from ..udpsockets import PlainSocket, Receiver, Sockets
 from .nativeflows import NativeTable
-from .offload import GRO, GSO, SOL_UDP, UDP_GRO, probeOffload
+from .offload import GRO, SOL_UDP, UDP_GRO, described
 from .poller import READABLE, Poller
 
 _UNKNOWN, _UNSENT, _REPORTED = 1, 2, 3
@@ -37,7 +37,6 @@ class NativeSockets(Sockets):
     """
     The engine in C. One for all proxiers; all of its sockets are in one epoll object, which is nested in the reactor's.
 
-    :param offload: whether the kernel takes trains of datagrams and cuts them (bits 1 and 2); ``None`` to try.
     :raise NotAvailable: where the C module was not built, or does not work.
     """
 
@@ -45,13 +44,12 @@ class NativeSockets(Sockets):
     portType = NativePort
 
     def __init__(self, reactor: Any, poller: Poller, offload: int | None = None) -> None:
-        super().__init__(reactor, poller)
+        super().__init__(reactor, poller, offload)
         try:
             from ._datagrams import ffi, lib  # type: ignore[import-not-found,unused-ignore]
         except ImportError as error:
             raise NotAvailable(f"its C module is not there ({error}); install with a C compiler at hand") from None
         self.ffi, self.lib = ffi, lib
-        self.offload = probeOffload() if offload is None else offload
         engine = lib.udp_new(self.offload)
         if engine == ffi.NULL:
             raise NotAvailable("it gets no descriptors or no memory")
@@ -62,9 +60,8 @@ class NativeSockets(Sockets):
         self._ports: dict[int, NativePort] = {}
 
     @property
-    def description(self) -> str:  # type: ignore[override]
-        offloads = [name for flag, name in ((GRO, "GRO"), (GSO, "GSO")) if self.offload & flag]
-        return f"in batches, {' and '.join(offloads) or 'without GRO and GSO'}"
+    def description(self) -> str:
+        return f"in batches, {described(self.offload)}"
 
     def address(self, c: Any) -> int:
         """Where that is in memory."""
@@ -91,8 +88,6 @@ class NativeSockets(Sockets):
 
     def attach(self, port: NativePort) -> None:
         """Read that socket."""
-        if self.offload & GRO:
-            port.socket.setsockopt(SOL_UDP, UDP_GRO, 1)
         failed = self.lib.udp_listen(self.c, port.flows.c, port.socket.fileno())
         if failed:
             raise OSError(-failed, os.strerror(-failed))

@@ -45,6 +45,12 @@ def probeOffload() -> int:
             return GSO
 
 
+def described(offload: int) -> str:
+    """That, for the log."""
+    names = [name for flag, name in ((GRO, "GRO"), (GSO, "GSO")) if offload & flag]
+    return f"with {' and '.join(names)}" if names else "without GRO and GSO"
+
+
 def _arrived(receiver: socket.socket, wait: int = 100) -> bytes:
     """A datagram, or train; ``b""`` where none comes within so many milliseconds."""
     poll = select.poll()
