@@ -196,8 +196,14 @@ class WildcardPort(udp.Port):
         if not self.connected:
             return
         flows = self.flows
-        flows.answer(flow, self._seconds())
-        client, dialled = flow.key
+        key = flow.key
+        if flow.answered:
+            flow.used = self._seconds()
+            flow.unanswered = None
+            flows.answered.move_to_end(key)
+        else:
+            flows.answer(flow, self._seconds())
+        client, dialled = key
         ancillary = self._ancillary.get(dialled)
         if ancillary is None:
             ancillary = self._ancillaryFor(dialled)

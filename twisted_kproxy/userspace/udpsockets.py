@@ -125,6 +125,7 @@ class EndpointSocket(PlainSocket):
         # so only one that has much to say is read until it has no more.
         trouble = count = 0
         most = TURN if events & ERROR or self._bulk >= _BULK else 1
+        reply, flow = self._port.reply, self._flow
         while count < most:
             skt = self._socket
             if skt is None:
@@ -141,7 +142,7 @@ class EndpointSocket(PlainSocket):
                 trouble = error.errno or errno.EIO
                 self._drainErrors()
                 continue
-            self._port.reply(self._flow, datagram)
+            reply(flow, datagram)
         else:
             self._bulk += 1
         if events & ERROR:
