@@ -239,7 +239,7 @@ class TrainTests(UdpCase):
 
 
 class PythonTrainTests(UdpCase):
-    """The engine in Python takes trains of clients, too, and sends them on as such; those of endpoints come cut up."""
+    """The engine in Python takes trains of clients, too, and sends them on as such. It makes trains of replies."""
 
     TRAIN, PARTS = TrainTests.TRAIN, TrainTests.PARTS
 
@@ -271,6 +271,28 @@ class PythonTrainTests(UdpCase):
         self.last.errors = [errno.ECONNREFUSED]
         self.train()
         self.assertEqual((self.last.endpoint, self.last.sent), (endpoint(2), [b"hello", *self.PARTS]))
+
+    def test_repliesAtOnce(self) -> None:
+        """An endpoint that has much to say at once is passed on in trains, where the sizes allow it."""
+        self.say(b"hello")
+        sent = [b"%02d" % number for number in range(20)]
+        self.last.reply(*sent, b"!")
+        self.assertEqual((self.service.sent, self.service.trains), ([*sent, b"!"], [2]))
+        self.assertEqual(self.proxier.status()["datagramsReceived"], 21)
+        for datagrams in ([b"1", b"22", b"3"], [b"1", b"2", b"33"], [b"", b"", b""], [b"x" * 40000] * 2):
+            self.service.sent.clear()
+            self.last.reply(*sent[:4], *datagrams)
+            self.assertEqual(self.service.sent, [*sent[:4], *datagrams])
+        self.assertEqual(self.drops(), {})
+
+    def test_repliesNotTaken(self) -> None:
+        """Where the kernel does not take such a train each goes by itself, or is dropped for its own reason."""
+        self.say(b"hello")
+        self.service.noTrains = errno.EIO
+        self.last.reply(*[b"12"] * 4)
+        self.service.errors = [0, 0, errno.EAGAIN]
+        self.last.reply(*[b"34"] * 8)
+        self.assertEqual((self.service.sent, self.drops()), ([b"12"] * 4 + [b"34"] * 7, {"busy": 1}))
 
     def test_withoutOffload(self) -> None:
         """Where the kernel is known to cut none, trains are not even tried."""

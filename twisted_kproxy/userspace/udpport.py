@@ -21,7 +21,7 @@ from twisted.internet.protocol import DatagramProtocol
 from twisted.logger import Logger
 
 from ..core.values import Family
-from .engines.offload import GRO, GSO, SOL_UDP, UDP_GRO
+from .engines.offload import GRO, GSO, SOL_UDP, UDP_GRO, UDP_SEGMENT
 from .engines.poller import READABLE, Poller
 from .udpflows import DROPS, UNCUT, Flow
 
@@ -32,6 +32,8 @@ TURN = 64
 #: Bursts wait here while the reactor does other work. The kernel only charges what is queued.
 SHARED_BUFFER = 1 << 20
 
+# Of a train, in bytes: what fits a packet of either family.
+_LONGEST = 65000
 _ANCILLARY = socket.CMSG_SPACE(20) + socket.CMSG_SPACE(4)
 
 # A node has few addresses that clients dial; how to answer from each is kept ready.
@@ -214,6 +216,35 @@ class WildcardPort(udp.Port):
         else:
             flows.received(flow, len(datagram))
 
+    def replies(self, flow: Flow, datagrams: list[bytes]) -> None:
+        """Several at a time: as a train that the kernel cuts, where all are of one size, the last perhaps smaller."""
+        size = len(datagrams[0])
+        fits = 0 < size * len(datagrams) <= _LONGEST and {size}.issuperset(map(len, datagrams[:-1]))
+        if not (
+            fits
+            and len(datagrams[-1]) <= size
+            and not flow.plain
+            and self.connected
+            and self.engine.offload & GSO
+            and self._replyTrain(flow, datagrams, size)
+        ):
+            for datagram in datagrams:
+                self.reply(flow, datagram)
+
+    def _replyTrain(self, flow: Flow, datagrams: list[bytes], size: int) -> bool:
+        client, dialled = flow.key
+        train = (SOL_UDP, UDP_SEGMENT, size.to_bytes(2, sys.byteorder))
+        try:
+            self.socket.sendmsg(datagrams, [*self._ancillaryFor(dialled), train], 0, client)
+        except OSError as error:
+            # One by one each is sent, or dropped for its own reason.
+            flow.plain = error.errno in UNCUT
+            return False
+        self.flows.answer(flow, self._seconds())
+        for datagram in datagrams:
+            self.flows.received(flow, len(datagram))
+        return True
+
     def _read(self, ancillary: list[tuple[int, int, bytes]]) -> bytes:
         dialled = _dialled(ancillary)
         if len(ancillary) == 1:
@@ -223,6 +254,9 @@ class WildcardPort(udp.Port):
         return dialled
 
     def _ancillaryFor(self, dialled: bytes) -> list[tuple[int, int, bytes]]:
+        known = self._ancillary.get(dialled)
+        if known is not None:
+            return known
         if len(self._ancillary) >= _ADDRESSES:
             self._ancillary.clear()
         six = self.addressFamily == socket.AF_INET6

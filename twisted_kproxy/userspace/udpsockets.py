@@ -125,14 +125,14 @@ class EndpointSocket(PlainSocket):
         # so only one that has much to say is read until it has no more.
         trouble = count = 0
         most = TURN if events & ERROR or self._bulk >= _BULK else 1
-        reply, flow = self._port.reply, self._flow
+        replies: list[bytes] = []
         while count < most:
             skt = self._socket
             if skt is None:
                 return
             count += 1
             try:
-                datagram = skt.recv(LARGEST)
+                replies.append(skt.recv(LARGEST))
             except BlockingIOError:
                 if count <= _BULK:
                     self._bulk = 0
@@ -141,10 +141,12 @@ class EndpointSocket(PlainSocket):
                 # Whatever the endpoint had sent before still counts: read on, report afterwards.
                 trouble = error.errno or errno.EIO
                 self._drainErrors()
-                continue
-            reply(flow, datagram)
         else:
             self._bulk += 1
+        if len(replies) == 1:
+            self._port.reply(self._flow, replies[0])
+        elif replies:
+            self._port.replies(self._flow, replies)
         if events & ERROR:
             self._drainErrors()
         if trouble and self._socket is not None:
