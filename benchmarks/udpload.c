@@ -4,8 +4,9 @@
  *   udpload echo ADDRESS PORT
  *       sends back whatever comes, until it is killed.
  *   udpload load ADDRESS PORT SECONDS SOCKETS OUTSTANDING SIZE TRAIN
- *       keeps so many datagrams (or trains of that many) under way on each socket; prints datagrams answered, the
- *       seconds it took, and how often a socket was silent for 50 ms: then what was under way is taken for lost.
+ *       keeps so many datagrams (or trains of that many, which it also takes whole) under way on each socket; prints
+ *       datagrams answered, the seconds it took, and how often a socket was silent for 50 ms: then what was under way
+ *       is taken for lost.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -73,7 +74,7 @@ static socklen_t parse(const char *host, const char *port, struct sockaddr_stora
     return sizeof *six;
 }
 
-static int openSocket(int family)
+static int openSocket(int family, int trains)
 {
     int fd = socket(family, SOCK_DGRAM | SOCK_NONBLOCK, 0), size = 4 << 20, on = 1;
     if (fd < 0)
@@ -82,7 +83,8 @@ static int openSocket(int family)
         setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &size, sizeof size);
     if (setsockopt(fd, SOL_SOCKET, SO_SNDBUFFORCE, &size, sizeof size) < 0)
         setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &size, sizeof size);
-    setsockopt(fd, SOL_UDP, UDP_GRO, &on, sizeof on);
+    if (trains)
+        setsockopt(fd, SOL_UDP, UDP_GRO, &on, sizeof on);
     return fd;
 }
 
@@ -140,7 +142,7 @@ static int echo(const char *host, const char *port)
 {
     struct sockaddr_storage address;
     socklen_t length = parse(host, port, &address);
-    int fd = openSocket(address.ss_family);
+    int fd = openSocket(address.ss_family, 1);
     if (bind(fd, (struct sockaddr *) &address, length) < 0)
         fail("bind");
     openSlots();
@@ -189,7 +191,7 @@ static int load(char **argv)
     openSlots();
     for (int i = 0; i < sockets; i++) {
         struct epoll_event event = {.events = EPOLLIN, .data = {.u32 = i}};
-        fds[i] = openSocket(address.ss_family);
+        fds[i] = openSocket(address.ss_family, train > 1);
         if (connect(fds[i], (struct sockaddr *) &address, length) < 0)
             fail("connect");
         epoll_ctl(epoll, EPOLL_CTL_ADD, fds[i], &event);
