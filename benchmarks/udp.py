@@ -260,7 +260,7 @@ def serve(engine: str, port: int, endpoints: Sequence[int]) -> None:
     reactor: Any = install()
 
     from twisted_kproxy.core.values import Endpoint, PoolName, ServicePortName
-    from twisted_kproxy.userspace.engines.choose import chooseEngines
+    from twisted_kproxy.userspace.engines.choose import makeEngines
     from twisted_kproxy.userspace.engines.poller import Poller
     from twisted_kproxy.userspace.ports import Budget, raiseLimit
     from twisted_kproxy.userspace.udp import UdpProxier
@@ -279,7 +279,7 @@ def serve(engine: str, port: int, endpoints: Sequence[int]) -> None:
         missed = failed = closed = opened
 
     raiseLimit()
-    _, sockets = chooseEngines(reactor, Poller(reactor), engine)
+    _, sockets = makeEngines(reactor, Poller(reactor), engine)
     both: Any = Turns()
     pool = PoolName(ServicePortName("bench", "udp", "udp", "UDP", "IPv4"), "cluster")
     proxier = UdpProxier(reactor, pool, both, both, idleTimeout=30.0, budget=Budget(reactor), sockets=sockets)

@@ -15,9 +15,10 @@ from twisted.logger import Logger
 from zope.interface import implementer
 
 from .core import wire
-from .core.locality import NO_SETTINGS, NodeSettings, addressesOf, localityOf, serviceNetworks
+from .core.locality import NO_SETTINGS, NodeSettings
 from .core.ownership import UNKNOWN_AGE, Claims
-from .core.resolve import NOTHING, Resolved, concerns, resolve, serviceOf, slicesOf
+from .core.resolve import NOTHING, Resolved, concerns, resolve, serviceOf, slicesOf, unconcerning
+from .core.surroundings import KUBERNETES, Surroundings, serversOf
 from .core.topology import NodeFacts
 from .core.values import (
     Change,
@@ -33,7 +34,6 @@ from .core.values import (
 )
 from .interfaces import IChannel
 
-ZONE_LABEL = "topology.kubernetes.io/zone"
 #: So many objects of a list are taken over at once; the rest of a longer one waits for :meth:`Cluster.catchUp`.
 MERGED_AT_ONCE = 500
 #: Resolving so many endpoints is as much work as resolving a Service.
@@ -57,11 +57,7 @@ class _Said:
 
 @implementer(IChannel)
 class Cluster:
-    """
-    Merges sources: for one key the first source in configuration order wins.
-
-    :ivar node: this node's object, where a source has it.
-    """
+    """Merges sources: for one key the first source in configuration order wins."""
 
     log = Logger()
 
@@ -90,15 +86,11 @@ class Cluster:
         self._claimed: dict[ServicePortName, ServicePort] = {}
         self._claims = Claims()
         self._waiting: dict[ServicePortName, None] = {}
-        self._settings = settings
-        self._servers: dict[str, frozenset[tuple[str, int]]] = {}
-        self._hostAddresses: frozenset[str] = frozenset()
-        self._facts = NodeFacts(name=nodeName, allowed=settings.allowed, denied=settings.denied)
-        self._locality = localityOf(settings, None)
-        self._ports: dict[ServicePortName, ServicePort] = {}
+        self._surroundings = Surroundings(nodeName, settings)
+        self._facts, self._locality = self._surroundings.known()
         self._map = ServiceMap(locality=self._locality)
-        self._stale = False
-        self.node: wire.Node | None = None
+        #: what is otherwise than in the map, ``None`` for what has gone
+        self._news: dict[ServicePortName, ServicePort | None] = {}
 
     # --- the channel
 
@@ -113,7 +105,8 @@ class Cluster:
     def say(self, word: Word | Reached) -> None:
         """Take over one word of a source. See :class:`~twisted_kproxy.interfaces.IChannel`."""
         if isinstance(word, Reached):
-            self._reached(word)
+            if self._findServers(word.source, word.servers):
+                self.changed()
             return
         said = self._said[word.source].setdefault(word.kind, _Said())
         if isinstance(word, Replaced):
@@ -158,15 +151,14 @@ class Cluster:
             self.changed()
 
     def _reject(self, source: str, kind: Kind, key: str, reason: str, said: _Said) -> None:
-        if said.rejected.get(key) != reason:
-            kept = "its last good version stays in force" if key in said.objects else "it is not served"
-            self.log.warn(
-                "{kind} {key} of source {source} cannot be read, {kept}: {reason}",
-                kind=kind, key=key or "(without name)", source=source, kept=kept, reason=reason,
-            )
-        said.rejected[key] = reason
+        said.rejected[key] = reason  # the source has logged it
 
     # --- merging
+
+    @property
+    def node(self) -> wire.Node | None:
+        """This node's object, where a source has it."""
+        return self._surroundings.node
 
     @property
     def synced(self) -> bool:
@@ -222,16 +214,17 @@ class Cluster:
         elif kind == "Endpoints":
             self._placeSlices(kind, key, slicesOf(it) if it is not None else [])
         elif kind == "ServiceCIDR":
+            self._surroundings.services = merged
             self._locate()
         elif key == self._nodeName:
-            self.node = it
+            self._surroundings.node = it
             self.nodeChanged(it)
             self._locate()
         return True
 
     def _placeSlices(self, kind: str, key: str, slices: Iterable[wire.EndpointSlice]) -> None:
         """Move what this object said to the Service that it belongs to now: its label may be another than before."""
-        home = self._sliceHome.pop((kind, key), None)
+        home = left = self._sliceHome.pop((kind, key), None)
         if home is not None:
             mine = self._slices[home]
             del mine[kind, key]
@@ -245,20 +238,25 @@ class Cluster:
             self._sliceHome[kind, key] = home
             self._slices.setdefault(home, {})[kind, key] = placed
             self._dirty[home] = None
+        if KUBERNETES in (left, home):
+            objects = self._slices.get(KUBERNETES, {}).values()
+            self._findServers("", serversOf(it for placed in objects for it in placed))
 
     def hostAddresses(self, addresses: Iterable[str]) -> None:
         """The addresses by which this machine talks to others: those of the node, as long as no Node object says."""
-        found = frozenset(addresses)
-        if found != self._hostAddresses:
-            self._hostAddresses = found
-            if self._locate():
-                self.changed()
+        self._surroundings.hostAddresses = frozenset(addresses)
+        if self._locate():
+            self.changed()
 
-    def _reached(self, word: Reached) -> None:
-        if self._servers.get(word.source) != word.servers:
-            self._servers[word.source] = word.servers
-            if self._locate():
-                self.changed()
+    def _findServers(self, who: str, servers: frozenset[tuple[str, int]]) -> bool:
+        """
+        :param who: knows of these API servers: a source, or ``""`` for what is said of a Service.
+        :return: whether that makes a difference.
+        """
+        if self._surroundings.servers.get(who) == servers:
+            return False
+        self._surroundings.servers[who] = servers
+        return self._locate()
 
     def _locate(self) -> bool:
         """
@@ -266,23 +264,10 @@ class Cluster:
 
         :return: whether it is.
         """
-        node, settings = self.node, self._settings
-        addresses = addressesOf(node) or self._hostAddresses
-        services = serviceNetworks(self._merged.get("ServiceCIDR", {}))
-        locality = localityOf(settings, node, addresses, services)
-        facts = NodeFacts(
-            name=self._nodeName,
-            zone=(node.metadata.label(ZONE_LABEL) or "") if node is not None else "",
-            addresses=addresses,
-            servers=frozenset().union(*self._servers.values()),
-            allowed=settings.allowed,
-            denied=settings.denied,
-        )
+        facts, locality = self._surroundings.known()
         if (facts, locality) == (self._facts, self._locality):
             return False
-        if locality != self._locality:
-            self._locality = locality
-            self._stale = True
+        self._locality = locality
         if facts != self._facts:
             self._facts = facts
             self._dirty.update(dict.fromkeys(self._keys()))
@@ -328,13 +313,17 @@ class Cluster:
         """Whether nothing has come since then."""
         return not (self._unmerged or self._dirty or self._stale)
 
+    @property
+    def _stale(self) -> bool:
+        return bool(self._news) or self._locality != self._map.locality
+
     def current(self) -> ServiceMap:
         """The map that follows from everything said so far; the same object as long as nothing differs."""
         while self.catchUp():
             pass
         if self._stale:
-            self._stale = False
-            self._map = ServiceMap(self._ports, self._map.generation + 1, self._locality)
+            news, self._news = self._news, {}
+            self._map = self._map.step(news, self._map.generation + 1, self._locality)
         return self._map
 
     def _resolve(self, key: _ServiceKey) -> None:
@@ -358,15 +347,15 @@ class Cluster:
     def _publish(self, name: ServicePortName) -> None:
         """Put what is claimed under a name into the map, less what others own. What is equal stays the same object."""
         claimed = self._claimed.get(name)
+        owned = self._claims.owned(claimed) if claimed is not None else None
+        if self._map.get(name) == owned:
+            self._news.pop(name, None)
+        else:
+            self._news[name] = owned
         if claimed is None:
-            self._stale |= self._ports.pop(name, None) is not None
             self._waiting.pop(name, None)
-            return
-        owned = self._claims.owned(claimed)
-        if self._ports.get(name) != owned:
-            self._ports[name] = owned
-            self._stale = True
-        self._tellWaiting(name, claimed, owned is not claimed)
+        else:
+            self._tellWaiting(name, claimed, owned is not claimed)
 
     def _tellWaiting(self, name: ServicePortName, claimed: ServicePort, waits: bool) -> None:
         if not waits:
@@ -381,14 +370,31 @@ class Cluster:
                 )
 
     def _report(self, before: tuple[Problem, ...], after: tuple[Problem, ...]) -> None:
+        """Log what is new, a line for each object."""
         known = set(before)
+        found: dict[tuple[Kind, str], list[str]] = {}
         for problem in after:
             if problem not in known:
-                self.log.warn(
-                    "{kind} {key}: {reason}", kind=problem.kind, key=problem.key, reason=problem.reason
-                )
+                found.setdefault((problem.kind, problem.key), []).append(problem.reason)
+        for (kind, key), reasons in found.items():
+            self.log.warn("{kind} {key}: {reason}", kind=kind, key=key, reason="; ".join(reasons))
 
     # --- what operators see
+
+    @property
+    def facts(self) -> NodeFacts:
+        """What is known of this node."""
+        return self._facts
+
+    def objectsOf(self, namespace: str, name: str) -> tuple[wire.Service | None, list[wire.EndpointSlice]]:
+        """The Service of that name, as merged from all sources, and its slices."""
+        service: wire.Service | None = self._merged.get("Service", {}).get(f"{namespace}/{name}")
+        return service, [it for placed in self._slices.get((namespace, name), {}).values() for it in placed]
+
+    def unserved(self, namespace: str, name: str) -> str | None:
+        """Why the Service of that name means nothing to this proxy; ``None`` where it does."""
+        service, _slices = self.objectsOf(namespace, name)
+        return "no source has it" if service is None else unconcerning(service, self._proxyName)
 
     def quarantined(self) -> list[dict[str, str]]:
         """Objects that cannot be read, and whether an earlier version of them serves on."""

@@ -85,7 +85,8 @@ class IChannel(Interface):
 class ISource(IService):
     """
     Says what exists. Once started it says ``Replaced`` once for each of its kinds, then one word per change, until
-    it is stopped. Losing contact says nothing: what was said last stays true.
+    it is stopped. Losing contact says nothing: what was said last stays true. An object that it calls rejected it has
+    logged, once for each reason.
     """
 
     name: str = Attribute("the NAME of its ``[source:NAME]`` section")
@@ -93,8 +94,8 @@ class ISource(IService):
 
     def ages() -> Mapping[str, float | None]:
         """
-        For each kind, seconds since the source was last heard to be in agreement with what it was told of
-        (``None``: never yet). Seconds are of the monotonic clock.
+        For each of its kinds, and others that it reads where there are any, seconds since the source was last heard to
+        be in agreement with what it was told of (``None``: never yet). Seconds are of the monotonic clock.
         """
 
     def status() -> Mapping[str, Any]:
@@ -102,6 +103,26 @@ class ISource(IService):
 
     def faults() -> Mapping[str, str]:
         """What it cannot read now, and why: file or kind → reason. What was read of it before goes on to count."""
+
+
+class IEventRecorder(Interface):
+    """Tells the cluster's operators of something, as an Event about an object (:command:`kubectl get events`)."""
+
+    def record(
+        kind: str, namespace: str, name: str, uid: str, reason: str, action: str, note: str, warning: bool = False
+    ) -> None:
+        """
+        Pass on one event. Never raises, never blocks; what cannot be passed on in time is let go, so nothing may
+        depend on it. The same event again within minutes is told once more only as a number.
+
+        :param kind: of the object that it is about, ``Service`` or ``Node``.
+        :param namespace: of that object, ``""`` for a Node.
+        :param uid: of that object, ``""`` where it is not known.
+        :param reason: why it is told: one word in CamelCase, for machines.
+        :param action: what was done or tried: one word in CamelCase, for machines.
+        :param note: the same for people, in a sentence or two.
+        :param warning: whether somebody should look after it.
+        """
 
 
 # --- updates ---------------------------------------------------------------------------------------------------------
@@ -227,8 +248,11 @@ class IRelay(Interface):
 
         :param early: what was already read from the client, to be sent first.
         :param ended: called once, when both are closed; perhaps before this returns.
-        :return: what resets both sides now; harmless when they are closed.
+        :return: what resets both sides, at once or soon; harmless when they are closed.
         """
+
+    def stop() -> Deferred[None]:
+        """Let go of everything: what is still open is reset. Fires when processes and threads have ended."""
 
 
 class IProxier(Interface):

@@ -6,12 +6,8 @@ sources → cluster → syncer → broadcast → metrics, load balancer, datapla
 
 from __future__ import annotations
 
-import atexit
 import gc
 import os
-import signal
-import sys
-import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -22,57 +18,50 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from . import __version__, plugin
+from .assembly import Carriers, makeSources, writersOf
 from .balance.balancer import LoadBalancer
 from .balance.failures import EndpointFailures
 from .broadcast import Broadcast
 from .cluster import Cluster
-from .config import Config, effective, nodeSettings
+from .config import Config, conntrackSettings, effective, nodeSettings
 from .core.changes import Update
-from .core.values import FAMILIES, PoolName
+from .core.values import Family
+from .explainer import Explainer
 from .interfaces import (
     IBalancingPolicy,
     IDataplane,
-    ILoadBalancer,
+    IEventRecorder,
     IPolicyMaker,
-    IProxier,
     IRuleWriter,
     ISource,
-    ISourceMaker,
     ISyncObserver,
-    ITrafficObserver,
     IWriterMaker,
     KproxyError,
-    NotAvailable,
 )
 from .metrics import LoopLag, Metrics
+from .netfilter.addresswatch import AddressWatch
 from .netfilter.choose import chooseWriter, removeLeftovers
 from .netfilter.claim import NamespaceClaim
 from .netfilter.conntrack import Flows
-from .netfilter.node import primaryAddress
+from .netfilter.node import ownAddresses, primaryAddress, sourceTowards
 from .netfilter.plane import RulePlane
+from .netfilter.sysctls import KernelSettings, Wishes, nodePortsOf, warnOfLocalPorts
+from .process import catchSignals, exitStatus
 from .redaction import redactedValue
 from .report import Report
+from .sources.events import NoEvents
 from .syncer import Syncer
 from .systemd import Notifier
-from .userspace.accesslog import AccessLog
 from .userspace.dataplane import UserspaceDataplane
-from .userspace.dial import Dialer
-from .userspace.engines.choose import chooseEngines
-from .userspace.engines.poller import Poller
-from .userspace.ports import Budget, PortRange, raiseLimit
-from .userspace.tcp import TcpProxier
-from .userspace.udp import UdpProxier
+from .userspace.ports import PortRange
+from .web.healthcheck import HealthChecks
 from .web.site import Listener, makeSite
-from .web.status import HealthState, healthPages, metricsPages, tree
+from .web.status import HealthState, explainPage, healthPages, metricsPages, tree
 
-#: in order of preference; others are chosen by name only
-AUTOMATIC_WRITERS = ("nftables", "python-iptables", "iptables")
 #: an update that is out for longer means that the daemon is stuck: the watchdog is no longer fed
 STUCK_SECONDS = 120.0
 #: of the garbage collector: connections make many objects, and none that only it would find
 GC_THRESHOLDS = (50_000, 20, 50)
-#: of the file descriptors for connections, what UDP flows may take
-UDP_SHARE = 0.5
 
 
 @implementer(ISyncObserver)
@@ -135,34 +124,36 @@ class ProxyServer(MultiService):
         self.balancer = LoadBalancer(reactor, makePolicy)
         self.sources: list[ISource] = []
         self.cluster = Cluster(config.nodeName, config.proxyName, nodeSettings(config))
-        self.cluster.hostAddresses(filter(None, map(primaryAddress, FAMILIES)))
+        self.addresses = AddressWatch(reactor, self._addressesChanged)
+        self.addresses.setServiceParent(self)  # type: ignore[no-untyped-call]
+        self.cluster.hostAddresses(filter(None, self.addresses.addresses.values()))
         self.cluster.nodeChanged = self.health.nodeChanged
         self.cluster.nodesListed = self._nodesListed
         self._makeSources()
         self.dataplane: IDataplane | None = None
+        self.checks: HealthChecks | None = None
+        self._kernel = KernelSettings(Wishes(*conntrackSettings(config)))
         self.syncer: Syncer | None = None
         self._starting: Deferred[None] | None = None
         self._leftovers: Deferred[Any] | None = None
-        self._accessLog = AccessLog(reactor, config.accessLog) if config.accessLog else None
+        self._carriers: Carriers | None = None
+        self._rules: RulePlane | None = None
         self._makePages()
 
     # --- making
 
     def _makeSources(self) -> None:
-        config = self._config
-        channel = self.metrics.counting(self.cluster)
-        for options in config.sources:
-            maker = plugin.find(ISourceMaker, options.type)
-            source: ISource = maker.make(
-                self._reactor, options.name, options, channel,
-                nodeName=config.nodeName, proxyName=config.proxyName,
-            )
+        for source in makeSources(self._reactor, self._config, self.metrics.counting(self.cluster)):
             self.cluster.expect(source.name, source.kinds)
             self.sources.append(source)
+        #: of the first source that has somebody to tell
+        self.events: IEventRecorder = next(
+            (IEventRecorder(it) for it in self.sources if IEventRecorder.providedBy(it)), NoEvents()
+        )
         self.metrics.watchSources(lambda: self.sources)
         self.metrics.watchProblems(self.cluster.problems)
         self.metrics.watchRefused(self.cluster.refused)
-        self.metrics.watchQuarantined(self.cluster.quarantined)
+        self.metrics.watchQuarantined(self._quarantined)
 
     def _makePages(self) -> None:
         config = self._config
@@ -178,8 +169,9 @@ class ProxyServer(MultiService):
                 self.metrics.exposition,
                 lambda: config.mode,
                 lambda: redactedValue(effective(config)),
-                report.parts(),
+                {**report.parts(), "healthChecks": lambda: self.checks.status() if self.checks else {}},
             ),
+            **explainPage(self._makeExplainer(report).answer),
         }
         for what, bind, content in (("health", config.healthBind, health), ("metrics", config.metricsBind, pages)):
             if bind is not None:
@@ -188,50 +180,34 @@ class ProxyServer(MultiService):
         LoopLag(self._reactor, self.metrics.observeLag).setServiceParent(self)  # type: ignore[no-untyped-call]
         self.notifier.setServiceParent(self)  # type: ignore[no-untyped-call]
 
-    async def _chooseWriter(self) -> IRuleWriter:
-        wanted = self._config.writer
-        names = AUTOMATIC_WRITERS if wanted == "auto" else (wanted,)
-        candidates = []
-        for name in names:
-            maker = plugin.find(IWriterMaker, name)
-            candidates.append((name, lambda maker=maker: maker.make(self._reactor)))
-        return await chooseWriter(candidates)
+    def _makeExplainer(self, report: Report) -> Explainer:
+        config = self._config
+        return Explainer(
+            self.cluster,
+            applied=lambda: self.syncer.applied if self.syncer is not None else None,
+            sync=report.sync,
+            boundTo=self.balancer.boundTo,
+            failing=self.failures.status,
+            dataplane=report.dataplane,
+            addresses=ownAddresses,
+            sourceTowards=sourceTowards,
+            userspace=config.mode == "userspace",
+            masqueradeAll=config.masqueradeAll,
+        )
 
-    def _makeDataplane(self, writer: IRuleWriter) -> IDataplane:
+    async def _chooseWriter(self) -> IRuleWriter:
+        return await chooseWriter(writersOf(self._reactor, self._config))
+
+    def _makeDataplane(self, writer: IRuleWriter, carriers: Carriers) -> IDataplane:
         config, reactor = self._config, self._reactor
-        rules = RulePlane(
-            reactor, writer, flows=Flows(reactor), changedOutside=self._changedOutside,
+        rules = self._rules = RulePlane(
+            reactor, writer, flows=Flows(reactor, observe=self.metrics.upkeep.looked),
+            changedOutside=self._changedOutside,
             claim=NamespaceClaim() if writer.place != "nowhere" else None,
         )
-        self.metrics.watchQuarantined(
-            lambda: [
-                *self.cluster.quarantined(),
-                *({"kind": "ServicePort", "key": name, "reason": why} for name, why in rules.quarantined().items()),
-            ]
-        )
-        raiseLimit()
-        budget = Budget(reactor)
-        forFlows = budget.share(UDP_SHARE)
-        poller = Poller(reactor)
-        dialer = Dialer(reactor, poller)
-        relay, sockets = chooseEngines(reactor, poller, config.engine, config.nativeThread)
-
-        def makeTcp(reactor: Any, pool: PoolName, balancer: ILoadBalancer, observer: ITrafficObserver) -> IProxier:
-            return TcpProxier(
-                reactor, pool, balancer, observer,
-                relay=relay, dialer=dialer, budget=budget, connectTimeouts=config.connectTimeouts,
-                accessLog=self._accessLog,
-            )
-
-        def makeUdp(reactor: Any, pool: PoolName, balancer: ILoadBalancer, observer: ITrafficObserver) -> IProxier:
-            return UdpProxier(
-                reactor, pool, balancer, observer,
-                idleTimeout=config.udpIdleTimeout, budget=forFlows, sockets=sockets,
-            )
-
         return UserspaceDataplane(
             reactor, self.balancer, rules,
-            makeTcp=makeTcp, makeUdp=makeUdp, addressOf=primaryAddress, observer=self.failures,
+            makeTcp=carriers.makeTcp, makeUdp=carriers.makeUdp, addressOf=primaryAddress, observer=self.failures,
             ports=PortRange(*(config.portRange or (0, 0))),
         )
 
@@ -243,20 +219,29 @@ class ProxyServer(MultiService):
         self.log.info("kproxy {version} starts on node {node}", version=__version__, node=self._config.nodeName)
         for source in self.sources:
             source.setServiceParent(self)  # type: ignore[no-untyped-call]
-        self._reactor.callWhenRunning(self._catchSignals)
+        self._reactor.callWhenRunning(catchSignals, self._reactor, lambda: self._stopping, self.cut)
         self._starting = Deferred.fromCoroutine(self._start())
         self._starting.addErrback(self._giveUp)
 
     async def _start(self) -> None:
         config = self._config
         writer = await self._chooseWriter()
-        dataplane = self._makeDataplane(writer)
+        carriers = self._carriers = Carriers(self._reactor, config)
+        dataplane = self._makeDataplane(writer, carriers)
         await dataplane.start()
         self.dataplane = dataplane
         if self._stopping:
             return
+        if writer.place != "nowhere":
+            self._kernel.apply()
+        self.checks = HealthChecks(
+            self._reactor, config.nodeName, lambda: self.health.health().healthy, self.events,
+            budget=carriers.budget, answered=self.metrics.upkeep.answered,
+        )
+        self.metrics.upkeep.watchPorts(self.checks.counts)
+        self.checks.setServiceParent(self)  # type: ignore[no-untyped-call]
         observer = _Observer(self.health, self.metrics, self.notifier, lambda: self._inForce(writer))
-        listeners = Broadcast([self.metrics, self.balancer, dataplane])
+        listeners = Broadcast([self.metrics, self.balancer, dataplane, self.checks])
         self.syncer = Syncer(
             self._reactor, self.cluster, listeners, observer,
             minPeriod=config.minSyncPeriod, fullPeriod=config.syncPeriod,
@@ -280,6 +265,9 @@ class ProxyServer(MultiService):
             self.log.info("Stopping; open connections may go on for up to {seconds:g} s", seconds=seconds)
         self.notifier.stopping()
         self.health.stopping()
+        if self.checks is not None:
+            self.checks.stopping()
+        self.addresses.stopService()
         for source in self.sources:
             await maybeDeferred(source.disownServiceParent)
         if self._starting is not None:
@@ -293,8 +281,8 @@ class ProxyServer(MultiService):
                 await self.dataplane.stop(0 if self._cutting else seconds)
             except Exception:
                 self.log.failure("Stopping the dataplane failed; --cleanup removes what it may have left")
-        if self._accessLog is not None:
-            await self._accessLog.close()
+        if self._carriers is not None:
+            await self._carriers.stop()
         await maybeDeferred(super().stopService)
         self.log.info("Stopped")
 
@@ -305,25 +293,6 @@ class ProxyServer(MultiService):
             self.log.info("Cutting the connections that are still open")
             self.dataplane.stop(0).addErrback(lambda failure: self.log.failure("Cutting failed", failure))
 
-    def _catchSignals(self) -> None:
-        """The first SIGTERM or SIGINT stops the reactor, a second one cuts. Twisted itself knows only the first."""
-
-        def caught(number: int, frame: object) -> None:
-            self._reactor.callFromThread(self.cut if self._stopping else self._reactor.stop)
-
-        def ignored(number: int, frame: object) -> None:
-            self._reactor.callFromThread(
-                self.log.info, "{signal} is ignored; the configuration is read at the start only",
-                signal=signal.Signals(number).name,
-            )
-
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, caught)
-            # Left alone they would end the process without a word, and its rules would lead nowhere.
-            for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
-                signal.signal(number, ignored)
-
     def _giveUp(self, failure: Failure) -> None:
         if self._stopping:
             return
@@ -331,10 +300,15 @@ class ProxyServer(MultiService):
             self.log.critical("kproxy cannot run: {error}", error=failure.getErrorMessage())
         else:
             self.log.failure("kproxy cannot run", failure)
-        _exitStatus(1)
+        exitStatus(1)
         self._reactor.callWhenRunning(self._reactor.stop)
 
     # --- what happens meanwhile
+
+    def _addressesChanged(self, addresses: Mapping[Family, str | None]) -> None:
+        self.cluster.hostAddresses(filter(None, addresses.values()))
+        if self.syncer is not None:
+            self.syncer.resync()
 
     def _changedOutside(self) -> None:
         if self.syncer is not None:
@@ -349,9 +323,18 @@ class ProxyServer(MultiService):
         """
         gc.freeze()
         gc.set_threshold(*GC_THRESHOLDS)
+        if active.place != "nowhere":
+            self._kernel.apply()  # the first rules make the kernel track connections, where it did not yet
+            warnOfLocalPorts(nodePortsOf(self.cluster.latest))
         makers = [plugin.find(IWriterMaker, name) for name in plugin.names(IWriterMaker)]
         others = [(maker.name, lambda maker=maker: maker.make(self._reactor)) for maker in makers]
         self._leftovers = removeLeftovers(active, others)
+        node, name = self.cluster.node, self._config.nodeName
+        self.events.record(
+            # kubectl looks for events of a Node by its name in the place of its uid, too
+            "Node", "", name, (node.metadata.uid if node is not None else None) or name,
+            "Starting", "StartKproxy", f"kproxy {__version__} serves on this node",
+        )
 
     def _nodesListed(self, source: str) -> None:
         """An API server that does not know our node: a wrong name, most of all, and then nothing is local."""
@@ -364,6 +347,14 @@ class ProxyServer(MultiService):
             )
             self.health.nodeChanged(None)
 
+    def _quarantined(self) -> list[dict[str, str]]:
+        """What is not in force as it is wanted: objects that cannot be read, service ports that have no rules."""
+        ports = self._rules.quarantined() if self._rules is not None else {}
+        return [
+            *self.cluster.quarantined(),
+            *({"kind": "ServicePort", "key": name, "reason": why} for name, why in ports.items()),
+        ]
+
     def _alive(self) -> bool:
         return self.syncer is None or self.syncer.outFor < STUCK_SECONDS
 
@@ -375,52 +366,3 @@ def makeProxyServer(reactor: Any, config: Config, environ: Mapping[str, str] = o
     :raise KproxyError: see :class:`ProxyServer`.
     """
     return ProxyServer(reactor, config, environ)
-
-
-async def _cleanup(reactor: Any) -> list[str]:
-    said: list[str] = []
-    faults: list[str] = []
-    for name in plugin.names(IWriterMaker):
-        if name == "none":
-            continue
-        try:
-            writer: IRuleWriter = plugin.find(IWriterMaker, name).make(reactor)
-        except NotAvailable as error:
-            said.append(f"{name}: {error}")
-            continue
-        try:
-            await writer.probe()
-            said.append(f"{name}: {'rules removed' if await writer.cleanup() else 'nothing to remove'}")
-        except NotAvailable as error:
-            said.append(f"{name}: cannot have left anything here ({error})")
-        except KproxyError as error:
-            faults.append(f"{name}: {error}")
-        finally:
-            await writer.close()
-    if faults:
-        raise KproxyError("\n".join(faults + said))
-    return said
-
-
-def cleanup(reactor: Any) -> Deferred[list[str]]:
-    """
-    Remove every rule of ours, of every writer, and nothing else.
-
-    :return: fires with a line for each writer; fails with :class:`~twisted_kproxy.interfaces.KproxyError` where rules
-        could not be removed.
-    """
-    return Deferred.fromCoroutine(_cleanup(reactor))
-
-
-def _exitStatus(status: int) -> None:
-    """
-    Let the process end with that status. twistd has no means to say so, and exceptions in shutdown triggers are only
-    logged; what is registered last with atexit runs first, so output that others flush there is flushed here.
-    """
-
-    def leave() -> None:
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-        os._exit(status)
-
-    atexit.register(leave)

@@ -27,8 +27,9 @@ from .apichecks import (
     needsNodePort,
     reachableOutside,
 )
+from .apievents import checkEvent
 from .apiinvalid import Problems, familyOf
-from .apikinds import NAMESPACES, SERVICES, Json, Kind
+from .apikinds import EVENTS_V1, NAMESPACES, SERVICES, Json, Kind
 from .apistatus import failure, notFound
 from .apistore import Store
 
@@ -84,6 +85,8 @@ class Admission:
             for subset in new.get("subsets") or ():
                 _portDefaults(subset.get("ports"))
             checkEndpoints(new, problems)
+        elif kind is EVENTS_V1:
+            checkEvent(new, old, problems)
         elif kind is NAMESPACES:
             new = namespaceDefaults(new)
         problems.end(kind, name)

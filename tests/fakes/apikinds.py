@@ -117,7 +117,15 @@ EVENTS_V1 = Kind(
     fields=(*(f"regarding.{it}" for it in _REFERENCE), "reason", "reportingController", "type"),
 )
 
+SERVICE_CIDRS = Kind(
+    "ServiceCIDR",
+    "servicecidrs",
+    group="networking.k8s.io",
+    namespaced=False,
+    bookmark={"spec": {}, "status": {}},
+    status=True,
+)
 SLICES_V1BETA1 = Kind("EndpointSlice", "endpointslices", "discovery.k8s.io", "v1beta1", bookmark=SLICES.bookmark)
 
-KINDS = (SERVICES, SLICES, ENDPOINTS, NODES, NAMESPACES, EVENTS, EVENTS_V1)
+KINDS = (SERVICES, SLICES, ENDPOINTS, NODES, NAMESPACES, EVENTS, EVENTS_V1, SERVICE_CIDRS)
 KINDS_OF_1_20 = (SERVICES, SLICES_V1BETA1, ENDPOINTS, NODES, NAMESPACES, EVENTS)

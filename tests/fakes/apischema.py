@@ -3,7 +3,8 @@ What fields the objects of the fake API server have: one table for each kind.
 
 From these tables come the OpenAPI documents, how patches merge lists, which fields of a request are unknown or of the
 wrong type, and which empty values Go would leave out. They hold every field of Service, EndpointSlice, Endpoints,
-Namespace and Event, and of a Node those that its printing and the proxy look at. A kind without a table takes anything.
+Namespace, Event and ServiceCIDR, and of a Node those that its printing and the proxy look at. A kind without a table
+takes anything.
 """
 
 from __future__ import annotations
@@ -179,6 +180,11 @@ EVENT_V1 = top(
     type=STRING, deprecatedSource=SOURCE, deprecatedFirstTimestamp=TIME, deprecatedLastTimestamp=TIME,
     deprecatedCount=INTEGER,
 )  # fmt: skip
+SERVICE_CIDR = top(
+    "io.k8s.api.networking.v1.ServiceCIDR",
+    spec=of("io.k8s.api.networking.v1.ServiceCIDRSpec", cidrs=STRINGS),
+    status=of("io.k8s.api.networking.v1.ServiceCIDRStatus", conditions=array(CONDITION, "type", "type")),
+)
 
 SCHEMAS = {
     ("v1", "Service"): SERVICE,
@@ -189,6 +195,7 @@ SCHEMAS = {
     ("v1", "Node"): NODE,
     ("v1", "Event"): EVENT,
     ("events.k8s.io/v1", "Event"): EVENT_V1,
+    ("networking.k8s.io/v1", "ServiceCIDR"): SERVICE_CIDR,
 }
 _GO = {"integer": "int32", "boolean": "bool", "string": "string", "intOrString": "intstr.IntOrString"}
 

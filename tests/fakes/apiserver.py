@@ -31,6 +31,7 @@ from twisted.web.server import Site
 
 from .apicontrol import tokensOf
 from .apidefaults import Admission
+from .apievents import mirrorEvents
 from .apifaults import Faults
 from .apikinds import Json
 from .apiopenapi import OpenApi
@@ -125,6 +126,8 @@ class FakeApi:
         self._address = ("", 0)
         self._within: Callable[[], AbstractContextManager[Any]] = nullcontext
         self.store.subscribe(self._changed)
+        if self.admission is not None:
+            mirrorEvents(self.store)
 
     # --- what tests do to it; each is also a word of the control endpoint ---
 

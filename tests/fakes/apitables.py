@@ -165,6 +165,10 @@ def _event(it: Json, now: datetime) -> list[Any]:
     ]  # fmt: skip
 
 
+def _serviceCidr(it: Json, now: datetime) -> list[Any]:
+    return [_name(it), ",".join((it.get("spec") or {}).get("cidrs") or ()), _age(it, now)]
+
+
 def _any(it: Json, now: datetime) -> list[Any]:
     return [_name(it), it.get("metadata", {}).get("creationTimestamp")]
 
@@ -198,6 +202,7 @@ PRINTERS: dict[str, tuple[list[Column], Callable[[Json, datetime], list[Any]]]] 
     "Node": (_NODE, _node),
     "Namespace": ([NAME, Column("Status"), AGE], _namespace),
     "Event": (_EVENT, _event),
+    "ServiceCIDR": ([NAME, Column("CIDRs"), AGE], _serviceCidr),
 }
 
 # --- documents ---

@@ -21,7 +21,7 @@ from twisted_kproxy.sources.agent import ApiAgent
 from twisted_kproxy.sources.credentials import ApiAccess
 
 
-class _Transport(StringTransport):
+class Transport(StringTransport):
     """Tells its exchange what the client does to it; a closed one closes at once."""
 
     exchange: Exchange
@@ -54,7 +54,7 @@ class Exchange:
         self.open = True
         self.aborted = False
         self.protocol = protocol
-        self.transport = _Transport()
+        self.transport = Transport()
         self.transport.exchange = self
         protocol.makeConnection(self.transport)
 

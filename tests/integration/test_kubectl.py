@@ -227,6 +227,25 @@ class KubectlTests(TestCase):
         self.assertEqual(self.kubectl.get("services", "refused"), made)
         self.until(self.url("refused"), "p0a")
 
+    def test_events(self) -> None:
+        """That kproxy has started is an event on its node."""
+        waitFor(lambda: "Starting" in self.kubectl("get", "events"), 10)
+        line = next(it for it in self.kubectl("get", "events").splitlines() if "Starting" in it)
+        for word in ("Normal", "node/n0", "kproxy"):
+            self.assertIn(word, line)
+
+    def test_serviceCidrs(self) -> None:
+        """Networks of ClusterIPs that come and go are followed."""
+        it = {
+            "apiVersion": "networking.k8s.io/v1", "kind": "ServiceCIDR", "metadata": {"name": "more"},
+            "spec": {"cidrs": ["10.97.0.0/24"]},
+        }
+        self.kubectl("apply", "-f", "-", input=[it])
+        self.assertRegex(self.kubectl("get", "servicecidrs"), r"(?m)^more +10\.97\.0\.0/24 ")
+        self.world.settle(lambda status: status["sync"]["objects"].get("ServiceCIDR") == 1)
+        self.kubectl("delete", "servicecidr", "more")
+        self.world.settle(lambda status: status["sync"]["objects"].get("ServiceCIDR") == 0)
+
     def test_zLastServerKilled(self) -> None:
         """
         The API server is killed and started again: what is served stays, kubectl works again, and what is changed

@@ -64,11 +64,16 @@ def tcpPair(buffers: int = 0) -> tuple[socket.socket, socket.socket]:
     return outer, inner
 
 
-def relayed(relay: Any, client: socket.socket, backend: socket.socket, early: bytes = b"") -> Deferred[Outcome]:
-    """Fires with the outcome; cancelling it cuts the connection."""
-    cut: list[Callable[[], None]] = []
-    done: Deferred[Outcome] = Deferred(lambda _: cut[0]())
-    cut.append(relay.relay(client, backend, early, done.callback))
+class Relayed(Deferred[Outcome]):
+    """Fires with the outcome of a relayed connection; ``cut()`` cuts it."""
+
+    cut: Callable[[], None]
+
+
+def relayed(relay: Any, client: socket.socket, backend: socket.socket, early: bytes = b"") -> Relayed:
+    """Give two sockets to an engine."""
+    done = Relayed()
+    done.cut = relay.relay(client, backend, early, done.callback)
     return done
 
 
@@ -135,7 +140,7 @@ class RelaySuite:
 
     # --- parts of scenarios
 
-    def connect(self, relay: Any, early: bytes = b"", buffers: int = 0) -> tuple[Any, Any, Deferred[Outcome]]:
+    def connect(self, relay: Any, early: bytes = b"", buffers: int = 0) -> tuple[Any, Any, Relayed]:
         """A relayed connection: the client, the backend, the outcome."""
         client, clientSide = tcpPair(buffers)
         backend, backendSide = tcpPair(buffers)
@@ -346,13 +351,13 @@ class RelaySuite:
             backend.close()
             self.equal(await outcome, Outcome("done", len(early) + 4, 0))
 
-    async def test_cancelResetsBoth(self) -> None:
-        """Cancelling resets both sides at once; the outcome says so, and is no failure."""
+    async def test_cutResetsBoth(self) -> None:
+        """Cutting resets both sides; the outcome says so."""
         relay = self.makeRelay(self.reactor)
         client, backend, outcome = self.connect(relay)
         client.sendall(b"abc")
         self.equal(await self.run_(readExactly, backend, 3), b"abc")
-        outcome.cancel()
+        outcome.cut()
         self.equal(await outcome, Outcome("aborted", 3, 0))
         self.equal(await self.run_(ending, client), "reset")
         self.equal(await self.run_(ending, backend), "reset")
@@ -553,7 +558,7 @@ class BulkSuite:
             if number % 3 == 0:
                 reset(client)
             elif number % 3 == 1:
-                outcome.cancel()
+                outcome.cut()
             else:
                 client.close()
             self.equal((await outcome).reason in ("client-reset", "aborted"), True)

@@ -11,7 +11,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from zope.interface import implementer
 from zope.interface.verify import verifyObject
 
-from twisted_kproxy.core.values import Change, Rejected, Replaced, Word
+from twisted_kproxy.core.values import Change, Reached, Rejected, Replaced, Word
 from twisted_kproxy.interfaces import IChannel, ISource
 
 
@@ -23,14 +23,19 @@ class Words:
     :ivar said: every word, in order.
     :ivar state: kind → key → object.
     :ivar rejected: kind → key → reason.
+    :ivar servers: each word about where the server is.
     """
 
     def __init__(self) -> None:
         self.said: list[Word] = []
+        self.servers: list[Reached] = []
         self.state: dict[str, dict[str, Any]] = {}
         self.rejected: dict[str, dict[str, str]] = {}
 
-    def say(self, word: Word) -> None:
+    def say(self, word: Word | Reached) -> None:
+        if isinstance(word, Reached):
+            self.servers.append(word)
+            return
         self.said.append(word)
         state = self.state.setdefault(word.kind, {})
         rejected = self.rejected.setdefault(word.kind, {})

@@ -51,7 +51,10 @@ class Server:
         self.accepted = ""
 
     def respond(self, exchange: Exchange) -> None:
-        kind = PATHS[exchange.path]
+        kind = PATHS.get(exchange.path)
+        if kind is None:
+            exchange.answer(b"404 page not found\n", 404, "text/plain; charset=utf-8")
+            return
         self.tokens.append(exchange.headers.get("authorization", ""))
         if self.accepted and self.tokens[-1] != f"Bearer {self.accepted}":
             exchange.answerJson({"kind": "Status", "code": 401, "reason": "Unauthorized", "message": "who?"}, 401)
@@ -138,12 +141,13 @@ class OwnTests(SynchronousTestCase):
                     "resourceVersion": "0", "limit": "500", "labelSelector": "!service.kubernetes.io/headless",
                 },
                 "/api/v1/nodes": {"resourceVersion": "0", "limit": "500", "fieldSelector": "metadata.name=node-a"},
+                "/apis/networking.k8s.io/v1/servicecidrs": {"resourceVersion": "0", "limit": "500"},
             },
         )
 
     def test_proxyName(self) -> None:
         """With a name of its own, it asks for the Services that carry it."""
-        services, slices, _ = resources("node-a", "mine")
+        services, slices, *_ = resources("node-a", "mine")
         self.assertEqual(services.labelSelector, "service.kubernetes.io/service-proxy-name=mine")
         self.assertEqual(slices.labelSelector, "!service.kubernetes.io/headless")
 
@@ -220,7 +224,8 @@ class OwnTests(SynchronousTestCase):
         rig.clock.advance(0.8)
         # For each a list, and then a watch.
         self.assertEqual(rig.server.tokens[3:], ["Bearer two"] * 6)
-        self.assertEqual({it["state"] for it in rig.source.status()["kinds"].values()}, {"watching"})
+        kinds = rig.source.status()["kinds"]
+        self.assertEqual({kinds[kind]["state"] for kind in rig.source.kinds}, {"watching"})
         self.assertEqual(list(rig.words.state["Service"]), ["shop/web"])
 
     def test_noSecrets(self) -> None:
@@ -339,6 +344,9 @@ class _Services(Resource):
         self.hosts.append(request.getHeader("host"))
         self.authorizations.append(request.getHeader("authorization"))
         request.setHeader("content-type", "application/json")
+        if request.path.decode() not in PATHS:
+            request.setResponseCode(404)
+            return b""
         if request.args.get(b"watch"):
             request.write(b'{"type":"BOOKMARK","object":{"metadata":{"resourceVersion":"8"}}}\n')
             self.watching.append(request)

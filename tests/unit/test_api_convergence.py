@@ -94,8 +94,8 @@ class ScenarioTests(SynchronousTestCase):
             for age in world.source.ages().values():
                 assert age is not None
                 self.assertLessEqual(age, 70)
-        self.assertEqual(self.lists(world), 3)
-        self.assertEqual(len(world.api.watches), 3)
+        self.assertEqual(self.lists(world), 4)
+        self.assertEqual(len(world.api.watches), 4)
 
     def test_selected(self) -> None:
         """An object that stops matching goes, and comes again when it matches again."""
@@ -121,7 +121,7 @@ class ScenarioTests(SynchronousTestCase):
         world.pass_(5)
         self.assertAgrees(world)
         self.assertEqual(list(world.words.state["Service"]), ["shop/web"])
-        self.assertGreater(self.lists(world), 3)
+        self.assertGreater(self.lists(world), 4)
 
     def test_cutWithinEvent(self) -> None:
         """Watches that break within events lose nothing and need no list."""
@@ -132,7 +132,7 @@ class ScenarioTests(SynchronousTestCase):
             world.put(manifest(f"s{number}", f"10.96.1.{number}"))
             world.pass_(3)
             self.assertAgrees(world)
-        self.assertEqual(self.lists(world), 3)
+        self.assertEqual(self.lists(world), 4)
 
     def test_outage(self) -> None:
         """Ten minutes of errors of all kinds take nothing away; soon after them all is as it is there."""

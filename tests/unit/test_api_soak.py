@@ -139,12 +139,12 @@ class SoakTests(SynchronousTestCase):
         self.assertEqual(set(suffered), set(faults))
         world.pass_(1000)
         self.assertTrue(world.agrees())
-        self.assertEqual(len(world.pipes.open), 3)
-        self.assertEqual(len(world.api.watches), 3)
+        self.assertEqual(len(world.pipes.open), 4)
+        self.assertEqual(len(world.api.watches), 4)
         # Each watch has its deadline, its silence and nothing else; the server has its own.
         ours = [call for call in world.clock.getDelayedCalls() if "twisted_kproxy" in call.func.__module__]
-        self.assertLessEqual(len(ours), 3 * 2 + 1)
-        self.assertLessEqual((self.leakables() - left).total(), 3 * len(LEAKABLE))
+        self.assertLessEqual(len(ours), 4 * 2 + 1)
+        self.assertLessEqual((self.leakables() - left).total(), 4 * len(LEAKABLE))
         world.source.stopService()
         world.pipes.flush()
         self.assertEqual(world.agent.links, set())
@@ -158,7 +158,7 @@ class SoakTests(SynchronousTestCase):
 
     def checkRates(self, world: World) -> None:
         """
-        However long the server has been failing, five minutes see few attempts of the three kinds; save where the
+        However long the server has been failing, five minutes see few attempts of the four kinds; save where the
         server itself said when to come again.
         """
         attempts, now = world.pipes.attempts, world.clock.seconds()

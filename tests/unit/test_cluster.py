@@ -6,6 +6,7 @@ from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from twisted.logger import capturedLogs, formatEvent
 from twisted.trial.unittest import SynchronousTestCase
 from zope.interface.verify import verifyObject
 
@@ -13,7 +14,9 @@ from tests.builders import member, node, portName, service, slice_
 from twisted_kproxy.cluster import Cluster
 from twisted_kproxy.core import wire
 from twisted_kproxy.core.changes import Update
-from twisted_kproxy.core.values import Change, Kind, Rejected, Replaced, ServiceMap, Word
+from twisted_kproxy.core.locality import NO_SETTINGS, NodeSettings
+from twisted_kproxy.core.surroundings import MOST_SERVERS
+from twisted_kproxy.core.values import Change, Kind, Reached, Rejected, Replaced, ServiceMap, Word
 from twisted_kproxy.interfaces import IChannel
 
 KINDS = ("Service", "EndpointSlice", "Endpoints", "Node")
@@ -26,8 +29,8 @@ class ClusterTestCase(SynchronousTestCase):
         self.changes = 0
         self.cluster = self.make("s")
 
-    def make(self, *sources: str, synced: bool = True) -> Cluster:
-        cluster = Cluster("n0")
+    def make(self, *sources: str, synced: bool = True, configured: NodeSettings = NO_SETTINGS) -> Cluster:
+        cluster = Cluster("n0", settings=configured)
         cluster.changed = self.count
         for name in sources:
             cluster.expect(name, KINDS)
@@ -71,6 +74,112 @@ class SyncTests(ClusterTestCase):
                 self.assertEqual(self.changes, 1)
         self.assertTrue(cluster.synced)
         self.assertEqual(cluster.missing, [])
+
+
+class ServersTests(ClusterTestCase):
+    """No Service may take the place of the API server."""
+
+    def served(self) -> list[str]:
+        """The external addresses that are served."""
+        frontends = self.cluster.current()[portName()].frontends
+        return [it.address for it in frontends if it.kind == "ExternalIP" and it.address]
+
+    def external(self, *addresses: str, port: int = 6443) -> None:
+        self.put(service(externalIPs=list(addresses), ports=[{"name": "http", "port": port}]))
+
+    def kubernetes(self, *addresses: str, name: str = "kubernetes", port: int = 6443) -> None:
+        ports = [{"name": "https", "port": port, "protocol": "TCP"}, {"name": "any"}]
+        members = [member(it, ready=False) for it in addresses]
+        self.put(slice_(*members, name=name, of="kubernetes", namespace="default", ports=ports))
+
+    def test_reached(self) -> None:
+        """Where a source reaches its server, whenever it says so; each has its own word."""
+        self.external("192.0.2.4", "192.0.2.5", "192.0.2.6")
+        self.assertEqual(len(self.served()), 3)
+        self.cluster.say(Reached("s", frozenset({("192.0.2.4", 6443), ("192.0.2.6", 443)})))
+        self.assertEqual(self.served(), ["192.0.2.5", "192.0.2.6"])
+        self.cluster.say(Reached("t", frozenset({("192.0.2.5", 6443)})))
+        self.assertEqual(self.served(), ["192.0.2.6"])
+        self.cluster.say(Reached("s", frozenset()))
+        self.assertEqual(self.served(), ["192.0.2.4", "192.0.2.6"])
+
+    def test_sameAgain(self) -> None:
+        """The same said again makes no work."""
+        self.external("192.0.2.4")
+        self.cluster.say(Reached("s", frozenset({("192.0.2.4", 6443)})))
+        self.cluster.current()
+        self.changes = 0
+        self.cluster.say(Reached("s", frozenset({("192.0.2.4", 6443)})))
+        self.assertEqual((self.changes, self.cluster.settled), (0, True))
+
+    def test_endpointsOfKubernetes(self) -> None:
+        """The endpoints of Service default/kubernetes are API servers, ready or not."""
+        self.external("192.0.2.4", "192.0.2.5")
+        self.kubernetes("192.0.2.4")
+        self.assertEqual(self.served(), ["192.0.2.5"])
+        self.kubernetes("192.0.2.5", name="another")
+        self.assertEqual(self.served(), [])
+        self.drop("EndpointSlice", "default/kubernetes")
+        self.assertEqual(self.served(), ["192.0.2.4"])
+        self.kubernetes("192.0.2.5", name="another", port=443)
+        self.assertEqual(self.served(), ["192.0.2.4", "192.0.2.5"])
+
+    def test_legacyEndpointsOfKubernetes(self) -> None:
+        """So where there are only Endpoints."""
+        self.external("192.0.2.4")
+        it = {
+            "metadata": {"name": "kubernetes", "namespace": "default"},
+            "subsets": [{"addresses": [{"ip": "192.0.2.4"}], "ports": [{"name": "https", "port": 6443}]}],
+        }
+        self.put(wire.convert("Endpoints", it))
+        self.assertEqual(self.served(), [])
+
+    def test_othersOfThatName(self) -> None:
+        """A Service of that name in another namespace says nothing about API servers."""
+        self.external("192.0.2.4")
+        ports = [{"name": "https", "port": 6443, "protocol": "TCP"}]
+        self.put(slice_(member("192.0.2.4"), name="kubernetes", of="kubernetes", ports=ports))
+        self.assertEqual(self.served(), ["192.0.2.4"])
+
+    def test_unrelatedChangesAreCheap(self) -> None:
+        """Only another set of servers has every Service resolved anew."""
+        self.external("192.0.2.4")
+        self.kubernetes("192.0.2.4")
+        self.cluster.current()
+        self.kubernetes("192.0.2.4", name="kubernetes")
+        self.kubernetes("192.0.2.4", name="again")
+        self.put(slice_(member("10.1.0.1"), name="other-1", of="other"))
+        self.assertNotIn(("shop", "web"), self.cluster._dirty)
+
+    def test_bounded(self) -> None:
+        """Whoever lists thousands there does not fill memory, nor break anything."""
+        self.external("192.0.2.4")
+        self.kubernetes(*(f"10.9.{n // 256}.{n % 256}" for n in range(3000)), "nonsense")
+        self.assertEqual(self.served(), ["192.0.2.4"])
+        self.assertEqual(len(self.cluster._surroundings.servers[""]), MOST_SERVERS)
+
+    def test_hostAddresses(self) -> None:
+        """A node port of the API server on this node is refused: by the machine's addresses until the Node says."""
+        self.put(service(type="NodePort", ports=[{"name": "http", "port": 80, "nodePort": 30080}]))
+        self.cluster.say(Reached("s", frozenset({("192.0.2.2", 30080)})))
+
+        def nodePorts() -> int:
+            return sum(it.kind == "NodePort" for it in self.cluster.current()[portName()].frontends)
+
+        self.assertEqual(nodePorts(), 1)
+        self.changes = 0
+        self.cluster.hostAddresses(["192.0.2.2"])
+        self.assertEqual((self.changes, nodePorts()), (1, 0))
+        self.cluster.hostAddresses(["192.0.2.2"])
+        self.assertEqual(self.changes, 1)
+        addresses = [{"type": "InternalIP", "address": "192.0.2.3"}]
+        self.put(wire.convert("Node", {"metadata": {"name": "n0"}, "status": {"addresses": addresses}}))
+        self.assertEqual(nodePorts(), 1)
+        self.cluster.hostAddresses(["192.0.2.7"])
+        self.assertEqual(nodePorts(), 1)
+        self.drop("Node", "n0")
+        self.cluster.hostAddresses(["192.0.2.2"])
+        self.assertEqual(nodePorts(), 0)
 
 
 class MergeTests(ClusterTestCase):
@@ -174,6 +283,37 @@ class MergeTests(ClusterTestCase):
         self.assertEqual(self.ends(), ["10.1.0.2:8080"])
         self.drop("Node", "n0")
         self.assertEqual(len(self.ends() or ()), 2)
+
+    def test_podNetworks(self) -> None:
+        """With detect-local = node-cidr, the pods of this node are where its Node says, as soon as it does."""
+        self.cluster = self.make("s", configured=NodeSettings(detectLocal="node-cidr"))
+        self.put(service())
+        before = self.cluster.current()
+        self.assertEqual(before.locality.insiders, ())
+        seen = []
+        for spec in ({"podCIDR": "10.244.3.0/24"}, {"podCIDRs": ["10.244.4.0/24", "fd00:10:244:4::/64"]}, {}):
+            self.changes = 0
+            self.put(wire.convert("Node", {"metadata": {"name": "n0"}, "spec": spec}))
+            self.put(wire.convert("Node", {"metadata": {"name": "n1"}, "spec": {"podCIDR": "10.244.9.0/24"}}))
+            self.assertGreater(self.changes, 0)
+            seen.append(self.cluster.current())
+        self.assertEqual(
+            [it.locality.insiders for it in seen],
+            [("10.244.3.0/24",), ("10.244.4.0/24", "fd00:10:244:4::/64"), ()],
+        )
+        # That is all that is new: no Service means anything else by it, so nothing is to be rendered again.
+        self.assertIs(seen[-1][portName()], before[portName()])
+        self.assertGreater(seen[1].generation, seen[0].generation)
+        self.drop("Node", "n0")
+        self.assertEqual(self.cluster.current().locality.insiders, ())
+
+    def test_serviceNetworks(self) -> None:
+        """ServiceCIDRs need not be promised; they are followed, and those of two sources are one set by name."""
+        for name, cidrs in (("kubernetes", ["10.96.0.0/16"]), ("more", ["10.97.0.0/16", "nonsense"])):
+            self.put(wire.convert("ServiceCIDR", {"metadata": {"name": name}, "spec": {"cidrs": cidrs}}))
+        self.assertEqual(self.cluster.current().locality.services, ("10.96.0.0/15",))
+        self.drop("ServiceCIDR", "more")
+        self.assertEqual(self.cluster.current().locality.services, ("10.96.0.0/16",))
 
     def test_nodeCallbacks(self) -> None:
         """Who wants to know is told of this node's object, and of each list of nodes."""
@@ -347,6 +487,143 @@ class OwnershipTests(ClusterTestCase):
         self.put(it("b", "10.96.0.2", 30001))
         now = self.cluster.current()
         self.assertEqual([now[portName(n)].frontends[-1].port for n in "ab"], [30002, 30001])
+
+
+class LocalityTests(ClusterTestCase):
+    """Which addresses mean what follows what is known of the node."""
+
+    def put(self, it: Any, source: str = "s", cluster: Cluster | None = None) -> None:
+        self.changes = 0
+        super().put(it, source, cluster)
+
+    def test_podNetworks(self) -> None:
+        """With node-cidr insiders are those whom the Node object names, as soon as it does; service ports stay."""
+        self.cluster = self.make("s", configured=NodeSettings(detectLocal="node-cidr"))
+        self.put(service())
+        before = self.cluster.current()
+        self.assertEqual(before.locality.insiders, ())
+        self.put(node(podCIDRs=["10.244.3.0/24"]))
+        self.assertEqual(self.changes, 1)
+        self.assertFalse(self.cluster.settled)
+        after = self.cluster.current()
+        self.assertTrue(self.cluster.settled)
+        self.assertEqual(after.locality.insiders, ("10.244.3.0/24",))
+        self.assertIs(after[portName()], before[portName()])
+        update = Update(before, after)
+        self.assertEqual((update.changed, update.relocated, bool(update)), (frozenset(), True, True))
+        self.drop("Node", "n0")
+        self.assertEqual(self.cluster.current().locality.insiders, ())
+
+    def test_otherNodes(self) -> None:
+        """Other nodes do not matter, nor what else is in this one."""
+        self.cluster = self.make("s", configured=NodeSettings(detectLocal="node-cidr", nodePortAddresses=("primary",)))
+        self.put(node(podCIDRs=["10.244.3.0/24"], addresses=["192.0.2.7"]))
+        before = self.cluster.current()
+        self.put(node("n1", podCIDRs=["10.244.4.0/24"], addresses=["192.0.2.8"]))
+        self.put(node(podCIDRs=["10.244.3.0/24"], addresses=["192.0.2.7"], taints=[{"key": "x"}]))
+        self.assertIs(self.cluster.current(), before)
+
+    def test_hostAddresses(self) -> None:
+        """Until the Node object says its addresses, those by which the machine talks to others are taken for them."""
+        self.cluster = self.make("s", configured=NodeSettings(nodePortAddresses=("primary",)))
+
+        def at() -> tuple[str, ...]:
+            return self.cluster.current().locality.nodePorts
+
+        self.assertEqual(at(), ())
+        self.changes = 0
+        self.cluster.hostAddresses(["192.0.2.7", "2001:db8::7"])
+        self.assertEqual(at(), ("192.0.2.7/32", "2001:db8::7/128"))
+        self.cluster.hostAddresses(["2001:db8::7", "192.0.2.7"])
+        self.assertEqual(self.changes, 1)
+        self.put(node(addresses=["198.51.100.7"]))
+        self.assertEqual(at(), ("198.51.100.7/32",))
+        self.cluster.hostAddresses(["203.0.113.7"])
+        self.assertEqual(at(), ("198.51.100.7/32",))
+        self.put(node())
+        self.assertEqual(at(), ("203.0.113.7/32",))
+
+    def test_ownAddress(self) -> None:
+        """A ClusterIP that turns out to be the node's own address is served no longer; its owner's heir takes over."""
+        self.put(service(clusterIP="192.0.2.7"))
+        self.assertEqual(self.ends(), [])
+        self.put(node(addresses=["192.0.2.7"]))
+        self.assertIsNone(self.ends())
+        self.put(node(addresses=["192.0.2.8"]))
+        self.assertEqual(self.ends(), [])
+
+    def test_atOnce(self) -> None:
+        """A list of nodes counts at once, also while a long list of Services is being taken over."""
+        self.cluster = self.make("s", configured=NodeSettings(detectLocal="node-cidr"))
+        many = {f"shop/s{n}": service(f"s{n}", clusterIP=f"10.96.{n // 250}.{n % 250 + 1}") for n in range(1000)}
+        self.cluster.say(Replaced("s", "Service", many))
+        self.cluster.say(Replaced("s", "Node", {"n0": node(podCIDRs=["10.244.3.0/24"])}))
+        self.assertEqual(self.cluster._locality.insiders, ("10.244.3.0/24",))
+        self.assertEqual(len(self.cluster.current()), 1000)
+
+
+class RefusalTests(ClusterTestCase):
+    """Addresses that must not be reached."""
+
+    def reach(self, *servers: tuple[str, int], source: str = "s") -> None:
+        self.changes = 0
+        self.cluster.say(Reached(source, frozenset(servers)))
+
+    def frontends(self, name: str = "web") -> list[str]:
+        port = self.cluster.current()[portName(name)]
+        return [str(port.key(f)) for f in port.frontends]
+
+    def test_refusedTakesNothing(self) -> None:
+        """What one Service may not serve it does not keep from another that may: ownership is about what is served."""
+        self.cluster = self.make("s", configured=NodeSettings(denied=("198.51.100.0/24",)))
+        self.put(service("old", clusterIP="10.96.0.1", externalIPs=["198.51.100.7"], created="2025-01-01T00:00:00Z"))
+        self.assertEqual(self.frontends("old"), ["10.96.0.1:80/TCP"])
+        self.put(service("young", clusterIP="198.51.100.7", created="2026-01-01T00:00:00Z"))
+        self.assertEqual(self.frontends("young"), ["198.51.100.7:80/TCP"])
+        self.assertEqual(self.cluster.pending(), {})
+
+    def test_counted(self) -> None:
+        """Frontends and endpoints are counted by themselves, over all Services, and no longer when they are gone."""
+        self.put(service(externalIPs=["127.0.0.1", "224.0.0.1", "nonsense"]))
+        self.put(slice_(member("127.0.0.1"), member("10.1.0.1")))
+        self.put(service("other", clusterIP="10.96.0.11", externalIPs=["::1"]))
+        self.cluster.current()
+        self.assertEqual(self.cluster.refused(), {"frontend": 3, "endpoint": 1})
+        self.assertEqual(sum(it.refused for it in self.cluster.problems()), 4)
+        self.drop("EndpointSlice", "shop/web-1")
+        self.drop("Service", "shop/other")
+        self.cluster.current()
+        self.assertEqual(self.cluster.refused(), {"frontend": 2, "endpoint": 0})
+
+    def test_loggedOnce(self) -> None:
+        """What is refused is logged once, in one line for each object; not again when anything is resolved anew."""
+        with capturedLogs() as logged:
+            self.put(service(externalIPs=["127.0.0.1", "224.0.0.1"]))
+            self.put(slice_(member("127.0.0.1")))
+            self.cluster.current()
+            self.put(node(addresses=["192.0.2.7"], zone="a"))
+            self.cluster.current()
+            self.reach(("192.0.2.1", 6443))
+            self.cluster.current()
+            self.put(slice_(member("127.0.0.1"), member("10.1.0.1")))
+            self.put(service(externalIPs=["127.0.0.1", "224.0.0.1"], labels={"a": "b"}))
+            self.cluster.current()
+        self.assertEqual(
+            [formatEvent(it) for it in logged],
+            [
+                "Service shop/web: externalIPs: 127.0.0.1 is a loopback address; it is not served; "
+                "externalIPs: 224.0.0.1 is a multicast address; it is not served",
+                "EndpointSlice shop/web-1: endpoint 127.0.0.1 is a loopback address; it is not used",
+            ],
+        )
+
+    def test_loggedAgain(self) -> None:
+        """What is mended, and wrong again later, is told again."""
+        with capturedLogs() as logged:
+            for addresses in (["127.0.0.1"], [], ["127.0.0.1"]):
+                self.put(service(externalIPs=addresses))
+                self.cluster.current()
+        self.assertEqual(len(logged), 2)
 
 
 class QuarantineTests(ClusterTestCase):

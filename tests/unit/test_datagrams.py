@@ -20,7 +20,7 @@ from tests.shared.relays import descriptors
 from tests.unit.test_udp import CLIENT, UdpCase
 from twisted_kproxy.interfaces import NoEndpoint, NotAvailable
 from twisted_kproxy.userspace.engines import offload
-from twisted_kproxy.userspace.engines.choose import chooseEngines
+from twisted_kproxy.userspace.engines.choose import makeEngines
 from twisted_kproxy.userspace.engines.offload import probeOffload, selfTest
 from twisted_kproxy.userspace.engines.poller import Poller
 from twisted_kproxy.userspace.udpsockets import Sockets
@@ -390,12 +390,12 @@ class ChooseTests(TestCase):
 
     def test_python(self) -> None:
         """By name."""
-        relay, sockets = chooseEngines(reactor, Poller(reactor), "python")
+        relay, sockets = makeEngines(reactor, Poller(reactor), "python")
         self.assertEqual((relay.name, type(sockets)), ("python", Sockets))
 
     def test_fallsBack(self) -> None:
         """Where the one for datagrams does not work, Python relays them; asked for by name, that is an error."""
         with mock.patch.object(offload, "_relayed", side_effect=OSError(errno.EPERM, "no")):
-            _, sockets = chooseEngines(reactor, Poller(reactor))
+            _, sockets = makeEngines(reactor, Poller(reactor))
             self.assertIs(type(sockets), Sockets)
-            self.assertRaises(NotAvailable, chooseEngines, reactor, Poller(reactor), "native")
+            self.assertRaises(NotAvailable, makeEngines, reactor, Poller(reactor), "native")

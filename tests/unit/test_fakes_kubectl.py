@@ -154,7 +154,7 @@ class ReplayTests(SynchronousTestCase):
             "get-svc-chunk-size-5", "get-nodes-wide", "get-raw-healthz",
         ):  # fmt: skip
             count += len(self.replay(name))
-        self.assertEqual(count, 25)
+        self.assertEqual(count, 26)
 
     def test_watching(self) -> None:
         """get -w: a table first, then a watch of tables; or objects, where only names are wanted."""

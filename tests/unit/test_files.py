@@ -242,6 +242,18 @@ class FilesTests(FolderCase):
         self.rig.poll()
         self.assertEqual(self.services(), ["shop/db"])
 
+    def test_serviceCidrs(self) -> None:
+        """A ServiceCIDR is in no namespace; one of another project's group is passed over."""
+        cidr = "kind: ServiceCIDR\nmetadata: {name: %s, namespace: odd}\nspec: {cidrs: [10.96.0.0/16]}\n"
+        documents = [f"apiVersion: {group}/v1\n{cidr % name}" for group, name in (
+            ("networking.k8s.io", "kubernetes"), ("networking.example", "other"),
+        )]
+        self.start(a="---\n".join(documents))
+        self.assertEqual(list(self.rig.words.state["ServiceCIDR"]), ["kubernetes"])
+        self.assertEqual(self.rig.words.state["ServiceCIDR"]["kubernetes"].spec.cidrs, ["10.96.0.0/16"])
+        self.rig.unlink("a.yaml")
+        self.assertEqual(self.rig.poll(), [Change("local", "ServiceCIDR", "kubernetes", None)])
+
     def test_minimal(self) -> None:
         """Of a file with many objects, only what has changed is said; touching it or moving objects says nothing."""
         docs = [service(f"s{number}") for number in range(5)]
@@ -422,7 +434,7 @@ class FilesTests(FolderCase):
         self.start(a=service("web"))
         self.assertEqual(self.rig.words.said, [])
         self.rig.clock.pump([0.1] * 10)
-        self.assertEqual(len(self.rig.words.said), 4)
+        self.assertEqual(len(self.rig.words.said), len(self.rig.source.kinds))
 
     def test_manyFaults(self) -> None:
         """A folder full of faults does not fill the log."""

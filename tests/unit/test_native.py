@@ -27,7 +27,7 @@ class NativeRelayTests(RelaySuite, BulkSuite, TestCase):
             relay = NativeRelay(reactor, Poller(reactor), threaded=self.threaded)
         except NotAvailable as error:
             raise SkipTest(str(error))
-        self.addCleanup(relay.close)
+        self.addCleanup(relay.stop)
         return relay
 
     def pipesInUse(self, relay: Any) -> int:

@@ -31,7 +31,7 @@ class PairRelayTests(RelaySuite, BulkSuite, TestCase):
 
     def makeRelay(self, reactor: Any) -> PairRelay:
         relay = PairRelay(reactor)
-        self.addCleanup(relay.pipes.close)
+        self.addCleanup(relay.stop)
         return relay
 
     def pipesInUse(self, relay: Any) -> int:
@@ -63,7 +63,7 @@ class ReactorTests(ReactorBuilder):
 
     def makeRelay(self, reactor: Any) -> PairRelay:
         relay = PairRelay(reactor)
-        self.addCleanup(relay.pipes.close)
+        self.addCleanup(relay.stop)
         return relay
 
     def pipesInUse(self, relay: Any) -> int:
@@ -155,7 +155,7 @@ class StateTests(SynchronousTestCase):
         self.reactor = _Turning()
         self.poller = Poller(self.reactor)
         self.relay = PairRelay(self.reactor, self.poller, halfClosedSeconds=3600)
-        self.addCleanup(self.relay.pipes.close)
+        self.addCleanup(self.relay.stop)
         self.client, self.clientSide = tcpPair()
         self.backend, self.backendSide = tcpPair()
         for end in (self.client, self.backend, self.clientSide, self.backendSide):
@@ -181,7 +181,7 @@ class StateTests(SynchronousTestCase):
     def test_oneReader(self) -> None:
         """However many connections: the reactor has one reader, and none when the last has ended."""
         self.assertEqual(len(self.reactor.readers), 1)
-        self.done.cancel()
+        self.done.cut()
         self.assertEqual(self.reactor.readers, set())
         self.assertEqual(self.successResultOf(self.done).reason, "aborted")
         self.assertEqual(self.reactor.getDelayedCalls(), [])
@@ -315,7 +315,7 @@ class StateTests(SynchronousTestCase):
         again.cancel()
         goOn()
         self.assertGreater(len(reads), before)
-        self.done.cancel()
+        self.done.cut()
 
     def test_handedOver(self) -> None:
         """What came while somebody else watched the sockets, an end as well, is not lost."""

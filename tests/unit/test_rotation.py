@@ -20,7 +20,7 @@ from twisted_kproxy.sources.authentication import Credentials
 from twisted_kproxy.sources.credentials import ApiAccess, Exec
 
 LIFE = 90.0
-KINDS = 3
+KINDS = 4
 
 
 class RotationTests(SynchronousTestCase):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from treq.testing import RequestTraversalAgent
 from twisted.internet.task import Clock
+from twisted.logger import LogLevel, globalLogPublisher
 from twisted.trial.unittest import SynchronousTestCase
 
 from tests.fakes.apikinds import KINDS, KINDS_OF_1_20
@@ -17,7 +19,7 @@ from twisted_kproxy.config import ApiOptions
 from twisted_kproxy.core.values import Replaced
 from twisted_kproxy.sources.api import ApiSource
 from twisted_kproxy.sources.client import Resource
-from twisted_kproxy.sources.routes import PATIENCE, Routes
+from twisted_kproxy.sources.routes import PATIENCE, PROBE_EVERY, Routes
 
 ENDPOINTS = {
     "apiVersion": "v1",
@@ -67,10 +69,10 @@ class RoutesTests(SynchronousTestCase):
         self.assertEqual(self.routes.untilProbe(), 0)
 
 
-class OldServerTests(SynchronousTestCase):
-    """A source before servers that lack something."""
+class ServerCase(SynchronousTestCase):
+    """A source before a server."""
 
-    def start(self, kinds: Any, watchList: str = "off") -> None:
+    def start(self, kinds: Any, watchList: str = "off", forbidden: Iterable[str] = ()) -> None:
         self.clock = Clock()
         self.words = Words()
         self.api = FakeApi(self.clock, Store(kinds), watchList=watchList)
@@ -81,6 +83,8 @@ class OldServerTests(SynchronousTestCase):
             agent=self.agent, random=lambda: 0.5,
         )
         self.cluster.expect("main", self.source.kinds)
+        for it in forbidden:
+            self.api.forbidden.add((it, "*"))
         self.put(manifest("web"))
         if "Endpoints" in {kind.kind for kind in kinds}:
             self.put(ENDPOINTS)
@@ -117,6 +121,9 @@ class OldServerTests(SynchronousTestCase):
 
     def ends(self) -> list[str]:
         return sorted(str(end) for port in self.cluster.current().values() for end in port.cluster)
+
+class OldServerTests(ServerCase):
+    """A server that lacks something."""
 
     def test_beta(self) -> None:
         """A server of 1.20 has its slices in v1beta1."""
@@ -178,3 +185,112 @@ class OldServerTests(SynchronousTestCase):
         self.assertEqual(list(self.words.state["EndpointSlice"]), ["shop/web-1"])
         self.assertNotIn("Endpoints", self.words.state)
         self.assertEqual(self.source.status()["kinds"]["EndpointSlice"]["state"], "watching")
+
+
+CIDR = {
+    "apiVersion": "networking.k8s.io/v1",
+    "kind": "ServiceCIDR",
+    "metadata": {"name": "kubernetes"},
+    "spec": {"cidrs": ["10.96.0.0/16", "fd00:10:96::/112"]},
+}
+WITHOUT = [kind for kind in KINDS if kind.kind != "ServiceCIDR"]
+
+
+class OptionalTests(ServerCase):
+    """ServiceCIDRs: what a server may lack, or keep from us, and nothing is wrong by that."""
+
+    def setUp(self) -> None:
+        self.logged: list[Any] = []
+        globalLogPublisher.addObserver(self.logged.append)
+        self.addCleanup(globalLogPublisher.removeObserver, self.logged.append)
+
+    def networks(self) -> tuple[str, ...]:
+        return self.cluster.current().locality.services
+
+    def asked(self) -> int:
+        return len(self.api.asked("servicecidrs"))
+
+    def told(self, level: Any) -> list[str]:
+        said = [it for it in self.logged if it["log_level"] == level and it.get("kind") == "ServiceCIDR"]
+        return [it["log_format"] for it in said]
+
+    def checkHarmless(self) -> None:
+        """It is synced and sound, one line says what is missing, and the server is left alone with it."""
+        self.pass_(20)
+        self.assertTrue(self.cluster.synced)
+        self.assertEqual(dict(self.source.faults()), {})
+        self.assertEqual(set(self.source.ages()), {"Service", "EndpointSlice", "Node"})
+        self.assertEqual(self.source.status()["kinds"]["ServiceCIDR"]["state"], "not available")
+        self.assertEqual((len(self.told(LogLevel.info)), self.told(LogLevel.warn)), (1, []))
+        before = self.asked()
+        self.pass_(PROBE_EVERY - 30, 10)
+        self.assertEqual(self.asked(), before)
+        self.assertEqual(dict(self.source.faults()), {})
+        self.pass_(PROBE_EVERY, 10)
+        self.assertGreater(self.asked(), before)
+        self.assertEqual((len(self.told(LogLevel.info)), self.told(LogLevel.warn)), (1, []))
+
+    def test_there(self) -> None:
+        """Where they are there, they are read and followed like everything else."""
+        for watchList in ("on", "off"):
+            self.start(KINDS, watchList)
+            self.put(CIDR)
+            self.pass_(1)
+            self.assertEqual(self.networks(), ("10.96.0.0/16", "fd00:10:96::/112"))
+            self.assertIn("ServiceCIDR", self.source.ages())
+            self.api.store.delete(CIDR)
+            self.pass_(1)
+            self.assertEqual(self.networks(), ())
+
+    def test_missing(self) -> None:
+        """A server before 1.33."""
+        self.start(WITHOUT)
+        self.checkHarmless()
+
+    def test_missingWithStreams(self) -> None:
+        """The same where lists are streamed."""
+        self.start(WITHOUT, "on")
+        self.checkHarmless()
+
+    def test_forbidden(self) -> None:
+        """A role that says nothing of them."""
+        self.start(KINDS, forbidden=["servicecidrs"])
+        self.checkHarmless()
+
+    def test_comesLater(self) -> None:
+        """Once we may read them they are found, without a restart."""
+        self.start(KINDS, forbidden=["servicecidrs"])
+        self.put(CIDR)
+        self.pass_(60)
+        self.assertEqual(self.networks(), ())
+        self.api.forbidden.clear()
+        self.pass_(PROBE_EVERY * 1.5, 10)
+        self.assertEqual(self.networks(), ("10.96.0.0/16", "fd00:10:96::/112"))
+
+    def test_startingServer(self) -> None:
+        """A server that has not read its roles yet is asked again soon."""
+        self.start(KINDS, forbidden=["servicecidrs"])
+        self.put(CIDR)
+        self.api.forbidden.clear()
+        self.pass_(10)
+        self.assertEqual(len(self.networks()), 2)
+
+    def test_takenAway(self) -> None:
+        """What was read stays when the right to read it is taken away, and that is no fault either."""
+        self.start(KINDS)
+        self.put(CIDR)
+        self.pass_(1)
+        self.api.forbidden.add(("servicecidrs", "*"))
+        self.api.closeWatches(resource="servicecidrs")
+        self.pass_(120)
+        self.assertEqual(len(self.networks()), 2)
+        self.assertEqual(dict(self.source.faults()), {})
+        self.assertEqual(set(self.source.ages()), {"Service", "EndpointSlice", "Node"})
+
+    def test_otherTroubleIsAFault(self) -> None:
+        """A server that fails at them is a fault like any other: they may be there."""
+        self.start(KINDS)
+        self.api.faults.add(resource="servicecidrs", status=500, times=0)
+        self.api.closeWatches(abort=True, resource="servicecidrs")
+        self.pass_(60)
+        self.assertEqual(set(self.source.faults()), {"ServiceCIDR"})

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from msgspec.structs import replace
+from twisted.internet.address import IPv4Address, IPv6Address
 from twisted.internet.defer import Deferred, gatherResults
 from twisted.internet.endpoints import HostnameEndpoint, wrapClientTLS
 from twisted.internet.interfaces import IDelayedCall, IProtocol, IProtocolFactory, IStreamClientEndpoint
@@ -172,6 +173,7 @@ class ApiAgent:
 
     :param endpoint: makes what a connection to a host and port is made with, below TLS and proxies.
     :param credentials: who we are, where that is not all in the access.
+    :ivar reached: called with address and port of each connection that is made to the server itself.
     :raise NotAvailable: where certificates of the access cannot be used; the text names them.
     """
 
@@ -193,6 +195,7 @@ class ApiAgent:
         # Without TLS there is no client certificate to be had, but there may still be a proxy that speaks TLS.
         self.proxyPolicy = self.policy or TlsPolicy(replace(access, clientCertificate=None, clientKey=None), reactor)
         self.links: set[_Link] = set()
+        self.reached: Callable[[str, int], None] | None = None
         self._closing: list[Deferred[None]] = []
         self._look: IDelayedCall | None = None
         if self.policy is not None:
@@ -243,6 +246,10 @@ class ApiAgent:
 
     def add(self, link: _Link) -> None:
         self.links.add(link)
+        if self.reached is not None and self.access.proxy is None:
+            peer = link.transport.getPeer()  # type: ignore[union-attr]
+            if isinstance(peer, IPv4Address | IPv6Address):
+                self.reached(peer.host, peer.port)
         if self._look is None and self.policy is not None and self.policy.rotates:
             self._look = self.reactor.callLater(RELOAD_AGE, self._lookAgain)
 

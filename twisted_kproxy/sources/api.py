@@ -14,15 +14,17 @@ from twisted.web.iweb import IAgent
 from zope.interface import implementer
 
 from ..core.wire import HEADLESS_LABEL, PROXY_NAME_LABEL
-from ..interfaces import IChannel, ISource, NotAvailable
+from ..interfaces import IChannel, IEventRecorder, ISource, NotAvailable
 from . import kubeconfig
 from .agent import ApiAgent
 from .authentication import Credentials
 from .client import LIMITS, ApiClient, Limits, Resource
 from .contact import Contact, Outage
 from .credentials import SERVICE_ACCOUNT, ApiAccess, IApiOptions, explicit, inCluster
+from .events import EventRecorder
 from .execplugin import findCommand
 from .proxychoice import withProxy
+from .reached import Whereabouts
 from .reflector import Reflector
 from .tls import TlsPolicy
 
@@ -55,6 +57,8 @@ def resources(nodeName: str, proxyName: str = "") -> tuple[Resource, ...]:
         ),
         slices,
         Resource("Node", "/api/v1/nodes", fieldSelector=f"metadata.name={nodeName}"),
+        # KEP-1880, since 1.33
+        Resource("ServiceCIDR", "/apis/networking.k8s.io/v1/servicecidrs", optional=True),
     )
 
 
@@ -97,10 +101,10 @@ def accessFaults(access: ApiAccess, environ: Mapping[str, str]) -> tuple[list[st
     return faults, list(access.warnings)
 
 
-@implementer(ISource)
+@implementer(ISource, IEventRecorder)
 class ApiSource(Service):
     """
-    Reads Services, EndpointSlices and this node from an API server.
+    Reads Services, EndpointSlices, this node and, where there are any, ServiceCIDRs from an API server.
 
     :param options: a ``[source:NAME]`` section.
     :param nodeName: which Node is ours.
@@ -112,6 +116,7 @@ class ApiSource(Service):
     """
 
     log = Logger()
+    #: Without those that a server may lack: nothing waits for these.
     kinds: tuple[str, ...] = ("Service", "EndpointSlice", "Node")
 
     def __init__(
@@ -135,8 +140,14 @@ class ApiSource(Service):
         environ = os.environ if environ is None else environ
         self._access = accessFor(name, options, environ, serviceAccount)
         self._credentials = Credentials(reactor, self._access, environ)
-        self._agent: Any = ApiAgent(reactor, self._access, credentials=self._credentials) if agent is None else agent
-        client = ApiClient(reactor, self._access, self._agent, limits, self._credentials)
+        if agent is None:
+            agent = ApiAgent(reactor, self._access, credentials=self._credentials)
+        self._agent: Any = agent
+        client = ApiClient(reactor, self._access, agent, limits, self._credentials)
+        self._whereabouts = Whereabouts(name, self._access.server, channel.say)
+        if isinstance(agent, ApiAgent):
+            agent.reached = self._met
+        self._events = EventRecorder(reactor, client, name, nodeName, random or anyNumber)
         self._reflectors = {
             resource.kind: Reflector(
                 reactor, client, resource, name, channel.say, random or anyNumber,
@@ -156,7 +167,9 @@ class ApiSource(Service):
         )
         for warning in self._access.warnings:
             self.log.warn("{warning}", warning=warning)
+        self._whereabouts.tell()
         self._contact.start()
+        self._events.start()
         for reflector in self._reflectors.values():
             reflector.start()
 
@@ -164,6 +177,7 @@ class ApiSource(Service):
         """Fires once no connection is left. Nothing is said any more once this has returned."""
         super().stopService()  # type: ignore[no-untyped-call]
         self._contact.stop()
+        self._events.stop()
         for reflector in self._reflectors.values():
             reflector.stop()
         close = getattr(self._agent, "close", None)
@@ -171,12 +185,22 @@ class ApiSource(Service):
         return closed
 
     def ages(self) -> Mapping[str, float | None]:
-        """See :meth:`ISource.ages`."""
-        return {kind: reflector.age() for kind, reflector in self._reflectors.items()}
+        """See :meth:`ISource.ages`. What the server may lack is here while it does not."""
+        return {kind: reflector.age() for kind, reflector in self._reflectors.items() if reflector.inUse}
 
     def counters(self) -> Mapping[str, Mapping[str, int]]:
         """For each kind what only grows, by name: for metrics."""
         return {kind: reflector.counters() for kind, reflector in self._reflectors.items()}
+
+    def record(
+        self, kind: str, namespace: str, name: str, uid: str, reason: str, action: str, note: str, warning: bool = False
+    ) -> None:
+        """Make it an Event of this server. See :meth:`IEventRecorder.record`."""
+        self._events.record(kind, namespace, name, uid, reason, action, note, warning)
+
+    def _met(self, address: str, port: int) -> None:
+        if self.running:
+            self._whereabouts.met(address, port)
 
     def _outages(self) -> dict[str, Outage]:
         found = ((kind, reflector.outage()) for kind, reflector in self._reflectors.items())
@@ -200,5 +224,6 @@ class ApiSource(Service):
             "origin": self._access.origin,
             "proxy": str(self._access.proxy or ""),
             "credentials": {**self._credentials.status(), **getattr(self._agent, "status", dict)()},
+            "events": self._events.status(),
             "kinds": {kind: reflector.status() for kind, reflector in self._reflectors.items()},
         }

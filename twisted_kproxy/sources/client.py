@@ -18,14 +18,14 @@ from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.interfaces import IReactorTime
 from twisted.internet.task import deferLater
 from twisted.python.failure import Failure
-from twisted.web.iweb import IAgent, IResponse
+from twisted.web.iweb import IAgent, IBodyProducer, IResponse
 
 from .. import __version__
 from ..core.values import Kind
 from ..interfaces import KproxyError, NotAvailable
 from . import errors
 from .authentication import Credentials
-from .body import Body, Unwanted
+from .body import Body, Bytes, Unwanted
 from .compression import Inflater, Undecoded, inflaterFor
 from .credentials import ApiAccess
 from .stream import Listing, ListingReader
@@ -33,6 +33,7 @@ from .stream import Listing, ListingReader
 #: Seconds that a list is decoded for before others get their turn.
 TURN = 0.01
 _ERROR_LIMIT = 64 * 1024
+_ANSWER_LIMIT = 1024 * 1024
 
 
 class Limits(Struct, frozen=True):
@@ -72,6 +73,7 @@ class Resource(Struct, frozen=True):
 
     :ivar path: of the collection, below the server's URL.
     :ivar instead: what to read of a server that does not have this, the best first.
+    :ivar optional: whether a server may well lack it, or keep it from us, and nothing is wrong by that.
     """
 
     kind: Kind
@@ -79,6 +81,7 @@ class Resource(Struct, frozen=True):
     labelSelector: str = ""
     fieldSelector: str = ""
     instead: tuple[Resource, ...] = ()
+    optional: bool = False
 
 
 class Watch:
@@ -200,6 +203,20 @@ class ApiClient:
         response = await self._get(resource, query, "identity")
         return Watch(self._clock, response, self._inflater(response))
 
+    async def send(self, method: str, path: str, body: bytes, contentType: str = "application/json") -> None:
+        """
+        Write something. What the answer says beside "done" is not wanted.
+
+        :param path: below the server's URL.
+        :raise KproxyError: one of :mod:`~twisted_kproxy.sources.errors`.
+        """
+        url = f"{self._access.server}{path}"
+        headers: dict[bytes | str, bytes | str] = {
+            "Accept": "application/json", "Accept-Encoding": "identity", "Content-Type": contentType,
+        }
+        response = await self._ask(method, url, headers, Bytes(body))
+        await self._gather(lambda data: None, response, _ANSWER_LIMIT, self.limits.error, self.limits.error)
+
     async def _get(self, resource: Resource, query: Mapping[str, str], encoding: str) -> IResponse:
         """An answer that says 200 and is JSON, its body still to come."""
         asked = dict(query)
@@ -210,16 +227,26 @@ class ApiClient:
         url = f"{self._access.server}{resource.path}"
         if asked:
             url += "?" + urlencode(asked)
-        headers = {
-            "Accept": "application/json", "Accept-Encoding": encoding, "User-Agent": f"kproxy/{__version__}",
-        }
+        response = await self._ask("GET", url, {"Accept": "application/json", "Accept-Encoding": encoding})
+        type = _header(response, b"content-type")
+        if type.partition(";")[0].strip().lower() == "application/json":
+            return response
+        await self._refusal(response)
+        raise errors.Unusable(f"the answer is {type or 'of no type'}, not application/json: is this an API server?")
+
+    async def _ask(
+        self, method: str, url: str, headers: dict[bytes | str, bytes | str], body: IBodyProducer | None = None
+    ) -> IResponse:
+        """An answer that says 200 (or 201, to what has a body), its own body still to come."""
+        headers["User-Agent"] = f"kproxy/{__version__}"
         identity = await self._credentials.current()
         if identity.token:
             headers["Authorization"] = f"Bearer {identity.token}"
         try:
             # reactor: treq would import the global one otherwise.
-            sent = self._http.get(
-                _URL.from_text(url), headers=headers, allow_redirects=False, unbuffered=True, reactor=self._clock  # type: ignore[arg-type]
+            sent = self._http.request(
+                method, _URL.from_text(url), headers=headers, data=body, allow_redirects=False, unbuffered=True,
+                reactor=self._clock,  # type: ignore[arg-type]
             )
         except (ValueError, UnicodeError) as error:
             raise NotAvailable(f"{self._access.server} cannot be asked: {error}")
@@ -229,12 +256,8 @@ class ApiClient:
             raise
         except Exception as error:
             raise errors.translated(error) from None
-        if response.code == 200:
-            type = _header(response, b"content-type")
-            if type.partition(";")[0].strip().lower() == "application/json":
-                return response
-            await self._refusal(response)
-            raise errors.Unusable(f"the answer is {type or 'of no type'}, not application/json: is this an API server?")
+        if response.code == 200 or (response.code == 201 and body is not None):
+            return response
         refusal = await self._refusal(response)
         if isinstance(refusal, errors.Unauthorized):
             self._credentials.refused(identity)

@@ -29,6 +29,7 @@ VERSIONS: dict[str, tuple[str, ...]] = {
     "Endpoints": ("v1",),
     "Node": ("v1",),
     "EndpointSlice": ("discovery.k8s.io/v1", "discovery.k8s.io/v1beta1"),
+    "ServiceCIDR": ("networking.k8s.io/v1", "networking.k8s.io/v1beta1"),
 }
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _TAG = "tag:yaml.org,2002:"
@@ -178,11 +179,11 @@ _GROUPS = {version.partition("/")[0] for versions in VERSIONS.values() for versi
 
 
 def _placed(value: dict[Any, Any], kind: Kind) -> dict[Any, Any]:
-    """The object in its namespace: ``default`` where it names none; a Node is in none."""
+    """The object in its namespace: ``default`` where it names none; a Node, for one, is in none."""
     meta = value.get("metadata")
     if not isinstance(meta, dict):
         return value
-    if kind == "Node":
+    if kind in wire.CLUSTER_WIDE:
         return {**value, "metadata": {**meta, "namespace": None}}
     if meta.get("namespace") in (None, ""):
         return {**value, "metadata": {**meta, "namespace": "default"}}
@@ -208,6 +209,9 @@ def _sort(value: Any) -> str:
 
 # --- JSON ------------------------------------------------------------------------------------------------------------
 
+#: A number that is too large is the fault of the one object that it stands in.
+_decodeAny = msgspec.json.Decoder(float_hook=float).decode
+
 
 def _json(data: bytes) -> Iterator[tuple[int, Any]]:
     text = data.removeprefix(b"\xef\xbb\xbf")
@@ -217,7 +221,7 @@ def _json(data: bytes) -> Iterator[tuple[int, Any]]:
         outer = msgspec.json.decode(text, type=dict[str, msgspec.Raw])
         kind = msgspec.json.decode(outer["kind"]) if "kind" in outer else ""
         if not (isinstance(kind, str) and kind.endswith("List") and "items" in outer):
-            yield _lineAt(text, len(text) - len(text.lstrip())), msgspec.json.decode(text)
+            yield _lineAt(text, len(text) - len(text.lstrip())), _decodeAny(text)
             return
         # Item by item: one large list in one call would keep every other thread waiting.
         items = msgspec.json.decode(outer.pop("items"), type=list[msgspec.Raw] | None) or []
@@ -228,7 +232,7 @@ def _json(data: bytes) -> Iterator[tuple[int, Any]]:
             start = text.find(raw, end)
             line += text.count(b"\n", end, start)
             end = start
-            yield line, {**common, "items": [msgspec.json.decode(raw)]}
+            yield line, {**common, "items": [_decodeAny(raw)]}
             line += raw.count(b"\n")
             end = start + len(raw)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:

@@ -25,7 +25,7 @@ from .contact import Outage
 from .journal import Journal
 from .knowledge import Knowledge
 from .lister import Lister
-from .routes import Routes
+from .routes import PROBE_EVERY, Routes
 from .store import Guard, earlier
 from .stream import Listing
 from .watcher import Watcher
@@ -361,11 +361,21 @@ class Reflector:
         self._journal.state = "waiting"
 
     async def _pause(self, error: Exception) -> None:
+        if self._routes.goesWithout(error):
+            self._journal.lacking(error)
+            seconds = PROBE_EVERY * (1 + self._random() / 2) if self._routes.isSettled else self._backoff.next()
+            await deferLater(self._clock, seconds)
+            return
         self._journal.counts["retries"] += 1
         self._journal.error(error)
         self._journal.state = "waiting"
         # A server that says how long to wait is not asked earlier.
         await deferLater(self._clock, max(self._backoff.next(), getattr(error, "postponed", None) or 0.0))
+
+    @property
+    def inUse(self) -> bool:
+        """Whether this is a kind that must be there, or is."""
+        return not self._routes.resource.optional or (self._journal.heard is not None and not self._journal.missing)
 
     def age(self) -> float | None:
         """

@@ -8,6 +8,7 @@ from twisted.logger import Logger
 from ..core.values import Kind
 from ..interfaces import KproxyError
 from .client import ApiClient, Resource
+from .errors import Denied
 
 #: Seconds after which a server that lacks the best API is asked for it again: it may have been upgraded.
 PROBE_EVERY = 600.0
@@ -29,6 +30,7 @@ class Routes:
         self._at = 0
         self._working = False
         self._missing = 0
+        self._denials = 0
         self._probedAt = 0.0
 
     @property
@@ -45,9 +47,20 @@ class Routes:
         """Every kind that may come to be read."""
         return {it.kind for it in self._all}
 
+    def goesWithout(self, error: Exception) -> bool:
+        """Whether an error says that we are not given the resource, and that is as good as any other answer."""
+        isSo = self.resource.optional and isinstance(error, Denied) and error.code in (403, 404)
+        self._denials += isSo
+        return isSo
+
+    @property
+    def isSettled(self) -> bool:
+        """Whether what was said about that will hold: a server that is just starting refuses who has the right."""
+        return self._denials > PATIENCE
+
     def works(self) -> None:
         """The resource is there."""
-        self._missing = 0
+        self._missing = self._denials = 0
         if not self._working:
             self._working = True
             self._probedAt = self._clock.seconds()

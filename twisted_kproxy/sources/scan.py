@@ -16,7 +16,7 @@ from ..core.values import Change, Kind, Rejected, Replaced, Word
 from .manifests import MAX_BYTES, Broken, Found, Manifest, parse
 
 SUFFIXES = (".yaml", ".yml", ".json")
-KINDS: tuple[Kind, ...] = ("Service", "EndpointSlice", "Endpoints", "Node")
+KINDS: tuple[Kind, ...] = ("Service", "EndpointSlice", "Endpoints", "Node", "ServiceCIDR")
 #: More lines about one look than this are only counted.
 MOST_NOTES = 20
 

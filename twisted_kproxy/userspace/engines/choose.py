@@ -19,6 +19,7 @@ from .datagrams import NativeSockets
 from .native import NativeRelay, selfTest
 from .pairs import PairRelay
 from .poller import Poller
+from .workers import WorkersRelay
 
 #: In order of preference.
 AUTOMATIC = ("native", "python")
@@ -46,37 +47,56 @@ _RELAYS: dict[str, Callable[[Any, Poller, bool], IRelay]] = {
 _SOCKETS: dict[str, Callable[[Any, Poller], Sockets]] = {"native": _batches, "python": Sockets}
 
 
-def _first(names: tuple[str, ...], make: Callable[[str], _T]) -> tuple[str, _T, str]:
+def chooseEngine(reactor: Any, poller: Poller, wanted: str = "auto", threaded: bool = False) -> IRelay:
+    """
+    The engine of that name for connections; for ``auto`` the first that works.
+
+    :param threaded: whether the native one gets a thread of its own.
+    :raise NotAvailable: where none does; the text says why each did not.
+    """
+    relay, where = _relayOf(reactor, poller, wanted, threaded)
+    _log.info("Connections are relayed by {where}; {events}", where=where, events=_events(reactor, poller))
+    return relay
+
+
+def makeEngines(
+    reactor: Any, poller: Poller, wanted: str = "auto", threaded: bool = False, workers: int = 1
+) -> tuple[IRelay, Sockets]:
+    """
+    What carries bytes and what carries datagrams, as it is configured.
+
+    :param workers: how many processes carry bytes; 1 for this one alone.
+    :raise NotAvailable: see :func:`chooseEngine`.
+    """
+    own, where = _relayOf(reactor, poller, wanted, threaded)
+    name, sockets, why = _first(wanted, lambda name: _SOCKETS[name](reactor, poller))
+    _log.info(
+        "Connections are relayed by {where}; datagrams by the engine {name} {how}{why}; {events}",
+        where=where, name=name, how=sockets.description, why=why, events=_events(reactor, poller),
+    )
+    if workers == 1:
+        return own, sockets
+    relay: IRelay = WorkersRelay(reactor, poller, own, workers, own.name, threaded)
+    return relay, sockets
+
+
+def _relayOf(reactor: Any, poller: Poller, wanted: str, threaded: bool) -> tuple[IRelay, str]:
+    name, relay, why = _first(wanted, lambda name: _RELAYS[name](reactor, poller, threaded))
+    where = "its own thread" if threaded and name == "native" else "the reactor's thread"
+    return relay, f"the engine {name} in {where}{why}"
+
+
+def _events(reactor: Any, poller: Poller) -> str:
+    where = "the reactor's own epoll" if poller.integrated else f"an epoll nested in {type(reactor).__name__}"
+    return f"events by {where}"
+
+
+def _first(wanted: str, make: Callable[[str], _T]) -> tuple[str, _T, str]:
     """The first that can be had: its name, it, and for the log why others cannot."""
     reasons: list[str] = []
-    for name in names:
+    for name in AUTOMATIC if wanted == "auto" else (wanted,):
         try:
             return name, make(name), f" (not {'; not '.join(reasons)})" if reasons else ""
         except NotAvailable as error:
             reasons.append(f"{name}: {error}")
-    raise NotAvailable("; ".join(reasons))
-
-
-def chooseEngines(
-    reactor: Any, poller: Poller, wanted: str = "auto", threaded: bool = False
-) -> tuple[IRelay, Sockets]:
-    """
-    The engine of that name, for connections and for datagrams; for ``auto`` the first that works for either.
-
-    :param threaded: whether the native one of connections gets a thread of its own.
-    :raise NotAvailable: where none does; the text says why each did not.
-    """
-    names = AUTOMATIC if wanted == "auto" else (wanted,)
-    try:
-        name, relay, why = _first(names, lambda name: _RELAYS[name](reactor, poller, threaded))
-        another, sockets, whyAnother = _first(names, lambda name: _SOCKETS[name](reactor, poller))
-    except NotAvailable as error:
-        raise NotAvailable(f"engine = {wanted}: {error}") from None
-    _log.info(
-        "Connections are relayed by the engine {name} in {where}{why}; datagrams by {another}, {how}{whyAnother}; "
-        "events by {events}",
-        name=name, where="its own thread" if threaded and name == "native" else "the reactor's thread", why=why,
-        another=another, how=sockets.description, whyAnother=whyAnother,
-        events="the reactor's own epoll" if poller.integrated else f"an epoll nested in {type(reactor).__name__}",
-    )
-    return relay, sockets
+    raise NotAvailable(f"engine = {wanted}: {'; '.join(reasons)}")

@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from twisted.internet.defer import Deferred, succeed
 from twisted.internet.interfaces import IReadDescriptor
 from twisted.logger import Logger
 from twisted.python.failure import Failure
@@ -84,7 +85,7 @@ class NativeRelay:
         self._endings = ffi.new("struct ended[]", _ENDINGS)
         self._open: dict[int, _Open] = {}
         self._free: list[int] = []
-        self._reading = False
+        self._reading = self._stopped = False
         self._goingOn = False
         self._timer: Any = None
         self._thread: threading.Thread | None = None
@@ -122,8 +123,10 @@ class NativeRelay:
         """How many pipes there are, and how many of them are idle."""
         return self._lib.pump_pipes(self._pump, 0), self._lib.pump_pipes(self._pump, 1)
 
-    def close(self) -> None:
-        """Reset what is open and let go of everything; for tests."""
+    def stop(self) -> Deferred[None]:
+        if self._stopped:
+            return succeed(None)
+        self._stopped = True
         if self._thread is not None:
             knock = self._lib.pump_stop(self._pump)
             self._thread.join()
@@ -133,6 +136,7 @@ class NativeRelay:
             self._lib.pump_cut(self._pump, number)
         self._tell()
         self._ffi.release(self._pump)
+        return succeed(None)
 
     # --- IReadDescriptor
 

@@ -14,6 +14,7 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
+from twisted.internet.defer import Deferred, succeed
 from zope.interface import implementer
 
 from ...core.values import Outcome
@@ -414,6 +415,13 @@ class PairRelay:
             self._timer = self.reactor.callLater(_SWEEP, self._sweep)
         pair.begin(early)
         return pair.abort
+
+    def stop(self) -> Deferred[None]:
+        for pair in list(self._pairs):
+            if pair.open:
+                pair.abort()
+        self.pipes.close()
+        return succeed(None)
 
     def _ended(self, pair: _Pair) -> None:
         self._pairs.discard(pair)
