@@ -99,7 +99,7 @@ class Carriers:
         return proxier
 
     def status(self) -> Mapping[str, Any]:
-        """JSON-able: what carries bytes, and the access log where there is one."""
+        """What carries the bytes of TCP connections, and the access log, say of themselves."""
         shown = dict(self._relay.status())
         if self._accessLog is not None:
             shown["accessLog"] = {"path": self._config.accessLog, "dropped": self._accessLog.dropped}
