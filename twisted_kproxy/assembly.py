@@ -13,7 +13,8 @@ from twisted.internet.defer import Deferred
 
 from . import plugin
 from .config import Config
-from .core.values import PoolName
+from .core.rules import Ruleset, Target
+from .core.values import EVERYWHERE, PoolName
 from .interfaces import (
     IChannel,
     ILoadBalancer,
@@ -26,6 +27,7 @@ from .interfaces import (
     KproxyError,
     NotAvailable,
 )
+from .netfilter.conntrack import Flows
 from .userspace.accesslog import AccessLog
 from .userspace.dial import Dialer
 from .userspace.engines.choose import makeEngines
@@ -114,6 +116,7 @@ class Carriers:
 
 async def _cleanup(reactor: Any) -> list[str]:
     said: list[str] = []
+    led: set[Target] = set()
     faults: list[str] = []
     for name in plugin.names(IWriterMaker):
         if name == "none":
@@ -125,6 +128,7 @@ async def _cleanup(reactor: Any) -> list[str]:
             continue
         try:
             await writer.probe()
+            led |= await _targets(writer)
             said.append(f"{name}: {'rules removed' if await writer.cleanup() else 'nothing to remove'}")
         except NotAvailable as error:
             said.append(f"{name}: cannot have left anything here ({error})")
@@ -132,9 +136,28 @@ async def _cleanup(reactor: Any) -> list[str]:
             faults.append(f"{name}: {error}")
         finally:
             await writer.close()
+    if led:
+        # Their clients would go on to sockets that nobody has any more.
+        try:
+            count = await Flows(reactor).reconcile({}, frozenset(led), EVERYWHERE)
+        except KproxyError as error:
+            faults.append(f"UDP flows to sockets of kproxy could not be forgotten: {error}")
+        else:
+            said += [f"{count} UDP flows to sockets of kproxy forgotten"] if count else []
     if faults:
         raise KproxyError("\n".join(faults + said))
     return said
+
+
+async def _targets(writer: IRuleWriter) -> set[Target]:
+    """Where its UDP rules lead; nothing where they cannot be read."""
+    try:
+        found: Ruleset | None = await writer.adopt()
+    except KproxyError:
+        return set()
+    rules = found.rules.items() if found is not None else ()
+    verdicts = (it for key, rule in rules if key.protocol == "UDP" for it in (rule.outside, rule.inside))
+    return {it for it in verdicts if isinstance(it, Target)}
 
 
 def cleanup(reactor: Any) -> Deferred[list[str]]:
