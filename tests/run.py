@@ -27,7 +27,7 @@ TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
 ORDER = ("unit", "integration", "packaging")
 #: into how many processes a layer is divided
-PARTS = {"integration": 2}
+PARTS = {"unit": 2, "integration": 2}
 CHECKS = (("ruff", "check", "."), ("mypy",), ("lint-imports",))
 
 
@@ -63,6 +63,28 @@ def counted(result: Any) -> Counts:
     )
 
 
+class Timed(TreeReporter):
+    """Tells in the end which tests took longest."""
+
+    def startTest(self, test: Any) -> None:
+        self._began = time.monotonic()
+        super().startTest(test)
+
+    def stopTest(self, test: Any) -> None:
+        super().stopTest(test)
+        self._took.append((time.monotonic() - self._began, test.id()))
+
+    def __init__(self, *args: Any, **kw: Any) -> None:
+        super().__init__(*args, **kw)
+        self._took: list[tuple[float, str]] = []
+
+    def done(self) -> None:
+        super().done()
+        self._writeln("Slowest:")
+        for seconds, name in sorted(self._took, reverse=True)[:12]:
+            self._writeln(f"{seconds:7.1f} s  {name}")
+
+
 def modules(layer: str, part: int) -> list[str]:
     """The modules of one part of a layer; parts are about as long as each other, by the length of their texts."""
     sizes = sorted(((it.stat().st_size, it.stem) for it in TESTS.joinpath(layer).glob("test_*.py")), reverse=True)
@@ -76,7 +98,7 @@ def modules(layer: str, part: int) -> list[str]:
 def runHere(layer: str, part: int, file: str) -> int:
     """Run one part of a layer in this process, and write its counts to a file once it is through."""
     suite = TestLoader().loadByNames(modules(layer, part))
-    runner = TrialRunner(TreeReporter, workingDirectory=f"_trial_temp_{layer}_{part}")
+    runner = TrialRunner(Timed, workingDirectory=f"_trial_temp_{layer}_{part}")
     result = runner.run(suite)
     Path(file).write_text(json.dumps(counted(result)))
     return 0 if result.wasSuccessful() else 1

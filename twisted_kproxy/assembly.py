@@ -13,7 +13,8 @@ from twisted.internet.defer import Deferred
 
 from . import plugin
 from .config import Config
-from .core.values import PoolName
+from .core.rules import Ruleset, Target
+from .core.values import EVERYWHERE, PoolName
 from .interfaces import (
     IChannel,
     ILoadBalancer,
@@ -27,10 +28,11 @@ from .interfaces import (
     NotAvailable,
 )
 from .netfilter.claim import NamespaceClaim
+from .netfilter.conntrack import Flows
 from .netfilter.planning import Claim
 from .userspace.accesslog import AccessLog
 from .userspace.dial import Dialer
-from .userspace.engines.choose import makeRelay
+from .userspace.engines.choose import makeEngines
 from .userspace.engines.poller import Poller
 from .userspace.ports import Budget, raiseLimit
 from .userspace.tcp import TcpProxier
@@ -78,7 +80,9 @@ class Carriers:
         self._forFlows = self.budget.share(UDP_SHARE)
         poller = Poller(reactor)
         self._dialer = Dialer(reactor, poller)
-        self._relay = makeRelay(reactor, poller, config.engine, config.nativeThread, config.workers)
+        self._relay, self._sockets = makeEngines(
+            reactor, poller, config.engine, config.nativeThread, config.workers
+        )
         self._accessLog = AccessLog(reactor, config.accessLog) if config.accessLog else None
 
     def makeTcp(self, reactor: Any, pool: PoolName, balancer: ILoadBalancer, observer: ITrafficObserver) -> IProxier:
@@ -93,12 +97,13 @@ class Carriers:
     def makeUdp(self, reactor: Any, pool: PoolName, balancer: ILoadBalancer, observer: ITrafficObserver) -> IProxier:
         """The same for UDP."""
         proxier: IProxier = UdpProxier(
-            reactor, pool, balancer, observer, idleTimeout=self._config.udpIdleTimeout, budget=self._forFlows
+            reactor, pool, balancer, observer,
+            idleTimeout=self._config.udpIdleTimeout, budget=self._forFlows, sockets=self._sockets,
         )
         return proxier
 
     def status(self) -> Mapping[str, Any]:
-        """JSON-able: what carries bytes, and the access log where there is one."""
+        """What carries the bytes of TCP connections, and the access log, say of themselves."""
         shown = dict(self._relay.status())
         if self._accessLog is not None:
             shown["accessLog"] = {"path": self._config.accessLog, "dropped": self._accessLog.dropped}
@@ -124,6 +129,7 @@ async def _cleanup(reactor: Any, claim: Claim) -> list[str]:
 
 async def _removeAll(reactor: Any) -> list[str]:
     said: list[str] = []
+    led: set[Target] = set()
     faults: list[str] = []
     for name in plugin.names(IWriterMaker):
         if name == "none":
@@ -135,6 +141,7 @@ async def _removeAll(reactor: Any) -> list[str]:
             continue
         try:
             await writer.probe()
+            led |= await _targets(writer)
             said.append(f"{name}: {'rules removed' if await writer.cleanup() else 'nothing to remove'}")
         except NotAvailable as error:
             said.append(f"{name}: cannot have left anything here ({error})")
@@ -142,9 +149,28 @@ async def _removeAll(reactor: Any) -> list[str]:
             faults.append(f"{name}: {error}")
         finally:
             await writer.close()
+    if led:
+        # Their clients would go on to sockets that nobody has any more.
+        try:
+            count = await Flows(reactor).reconcile({}, frozenset(led), EVERYWHERE)
+        except KproxyError as error:
+            faults.append(f"UDP flows to sockets of kproxy could not be forgotten: {error}")
+        else:
+            said += [f"{count} UDP flows to sockets of kproxy forgotten"] if count else []
     if faults:
         raise KproxyError("\n".join(faults + said))
     return said
+
+
+async def _targets(writer: IRuleWriter) -> set[Target]:
+    """Where its UDP rules lead; nothing where they cannot be read."""
+    try:
+        found: Ruleset | None = await writer.adopt()
+    except KproxyError:
+        return set()
+    rules = found.rules.items() if found is not None else ()
+    verdicts = (it for key, rule in rules if key.protocol == "UDP" for it in (rule.outside, rule.inside))
+    return {it for it in verdicts if isinstance(it, Target)}
 
 
 def cleanup(reactor: Any, claim: Claim | None = None) -> Deferred[list[str]]:

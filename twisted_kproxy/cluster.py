@@ -264,7 +264,9 @@ class Cluster:
 
         :return: whether it is.
         """
+        before = self._surroundings.problems
         facts, locality = self._surroundings.known()
+        self._report(tuple(before), tuple(self._surroundings.problems))
         if (facts, locality) == (self._facts, self._locality):
             return False
         self._locality = locality
@@ -422,6 +424,7 @@ class Cluster:
     def problems(self) -> list[Problem]:
         """Parts of objects that are not served, and why."""
         found = {problem for resolved in self._resolved.values() for problem in resolved.problems}
+        found.update(self._surroundings.problems)
         for name in self._waiting:
             for key, owner in self._claims.pending(self._claimed[name]).items():
                 reason = f"port {name.port or name.protocol}: {key} is served by {owner}, older or first by name"

@@ -23,6 +23,7 @@ from .core.values import (
     ServicePortName,
 )
 
+_NUMBER = re.compile(r"[0-9]{1,5}")
 _ANYWHERE: dict[Family, str] = {"IPv4": "0.0.0.0", "IPv6": "::"}
 _WORDS = {
     "masquerade-all": "masquerade-all is set",
@@ -282,7 +283,7 @@ def _isAsked(port: ServicePort, asked: ServiceAsked, source: str | None) -> bool
         return False
     if asked.port is None or asked.port == name.port:
         return True
-    return asked.port.isdecimal() and any(it.port == int(asked.port) for it in port.frontends)
+    return bool(_NUMBER.fullmatch(asked.port)) and any(it.port == int(asked.port) for it in port.frontends)
 
 
 def _mentions(reason: str, to: Dialled) -> bool:

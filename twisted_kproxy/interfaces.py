@@ -21,7 +21,7 @@ from twisted.plugin import IPlugin
 from zope.interface import Attribute, Interface
 
 from .core.changes import Update
-from .core.rules import Delta, Ruleset
+from .core.rules import Delta, Rule, Ruleset
 from .core.values import Endpoint, FrontendKey, Outcome, PoolName, Reached, Word
 
 # --- errors that travel between parts -------------------------------------------------------------------------------
@@ -370,10 +370,10 @@ class IRuleWriter(Interface):
 class IRulePlane(IDataplane):
     """The dataplane that writes rules. The userspace dataplane hands it maps whose pools are sockets."""
 
-    def targetInForce(key: FrontendKey) -> int | None:
+    def ruleInForce(key: FrontendKey) -> Rule | None:
         """
-        After start(): the local port to which rules left by an earlier run lead that frontend; ``None`` where
-        there are none. Listening there again keeps those rules valid.
+        After start(): what rules left by an earlier run say of that frontend; ``None`` where there are none. Listening
+        again where they lead keeps them valid.
         """
 
 

@@ -10,7 +10,7 @@ from typing import TypeAlias
 
 from msgspec import Struct
 
-from .core.rules import Guard, Rule, Ruleset, Target, Verdict, deltaBetween, portInForce
+from .core.rules import Guard, Rule, Ruleset, Target, Verdict, deltaBetween
 from .core.values import (
     Endpoint,
     Family,
@@ -72,7 +72,7 @@ class Planner:
         self,
         *,
         poolsOf: Callable[[ServicePort], Iterable[PoolKind]],
-        preferred: Callable[[ServicePort, PoolKind, Callable[[FrontendKey], int | None]], int],
+        preferred: Callable[[ServicePort, PoolKind, Callable[[FrontendKey], Rule | None]], int],
         redirect: Redirect,
         render: Render,
         addressOf: Callable[[Family], str | None],
@@ -117,7 +117,7 @@ class Planner:
         taken: set[tuple[str, str, int]] = set()
         ports: dict[PoolName, int] = {}
         for pool in needed:
-            port = self._preferred(services[pool.port], pool.kind, lambda key: portInForce(found.rules.get(key)))
+            port = self._preferred(services[pool.port], pool.kind, found.rules.get)
             claim = (pool.port.protocol, pool.port.family, port)
             inRange = self._range is None or self._range[0] <= port <= self._range[1]
             if port and inRange and claim not in taken:

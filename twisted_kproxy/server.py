@@ -160,7 +160,8 @@ class ProxyServer(MultiService):
         about = {"version": __version__, "node": config.nodeName, "mode": config.mode, "policy": config.policy}
         report = Report(
             about, self.cluster, lambda: self.sources, self.balancer, lambda: self.dataplane, lambda: self.syncer,
-            self.failures.status, self._relaying, lambda: self._stopping,
+            self.failures.status, lambda: self._carriers.status() if self._carriers is not None else {},
+            lambda: self._stopping,
         )
         health = healthPages(self.health.health, self.metrics.healthAnswered)
         pages = {
@@ -210,9 +211,6 @@ class ProxyServer(MultiService):
             makeTcp=carriers.makeTcp, makeUdp=carriers.makeUdp, addressOf=primaryAddress, observer=self.failures,
             ports=PortRange(*(config.portRange or (0, 0))),
         )
-
-    def _relaying(self) -> Mapping[str, Any]:
-        return self._carriers.status() if self._carriers is not None else {}
 
     # --- running
 

@@ -204,6 +204,23 @@ def _(s: Site) -> None:
     s.flow("pod", s.at(1), 80, ["p1a"])
 
 
+@case(
+    "ownership-clusterip",
+    "No external IP takes another Service's ClusterIP, however old the Service that has it",
+    "CVE-2020-8554",
+    kernel=True,
+    why="kube-proxy leaves it open who wins.",
+    proofs=("unit.test_ownership.test_allocated",),
+)
+def _(s: Site) -> None:
+    s.service(clusterIP=s.at(1), created="2024-05-02T00:00:00Z")
+    s.slice("p0a")
+    s.service(f"{s.name}-a", clusterIP=s.at(2), externalIPs=[s.at(1)], created="2024-05-01T00:00:00Z")
+    s.slice("p1a", of=f"{s.name}-a")
+    s.flow("pod", s.at(1), 80, ["p0a"])
+    s.flow("pod", s.at(2), 80, ["p1a"])
+
+
 @case("ownership-ports", "Services may share an address with different ports", "kubernetes API", kernel=True)
 def _(s: Site) -> None:
     s.service(externalIPs=[s.ext])

@@ -51,7 +51,7 @@ class NoRules:
     def status(self) -> Mapping[str, Any]:
         return {}
 
-    def targetInForce(self, key: FrontendKey) -> int | None:
+    def ruleInForce(self, key: FrontendKey) -> None:
         return None
 
 

@@ -9,12 +9,14 @@ import os
 import re
 import signal
 import socket
+import sys
 import time
 from typing import Any
 from unittest import SkipTest
 
 from twisted.trial.unittest import TestCase
 
+from tests.fakes.daemon import TWISTD
 from tests.fakes.network import waitFor
 from tests.integration.world import PORT, World, slices
 from tests.shared.flows import plant
@@ -200,5 +202,18 @@ class StaleFlowsTests(TestCase):
         for it in clients:
             self.ask(it)
         self.assertEqual(self.led(30508), [])
+        self.world.daemon = self.world.startDaemon()
+        self.reach(clients, "p1a")
+
+    def test_cleanedUp(self) -> None:
+        """The same after a daemon that has died, once --cleanup has removed what it left."""
+        clients = self.clients(self.make("cleaned", 30510, "p1a"))
+        self.reach(clients, "p1a")
+        self.kill()
+        done = self.rig.run("n0", [sys.executable, TWISTD, "kproxy", "--cleanup"])
+        self.assertRegex(done.stdout, r"\d+ UDP flows to sockets of kproxy forgotten")
+        for it in clients:
+            self.ask(it)
+        self.assertEqual(self.led(30510), [])
         self.world.daemon = self.world.startDaemon()
         self.reach(clients, "p1a")

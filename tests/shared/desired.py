@@ -48,12 +48,12 @@ def desired(services: Iterable[Any], slices: Iterable[Any], node: Node) -> dict[
                 pools = _pools(_ends(slices, meta, version, name, protocol), node)
                 inner = pools["local" if spec.get("internalTrafficPolicy") == "Local" else "cluster"]
                 outer = pools["local" if spec.get("externalTrafficPolicy") == "Local" else "cluster"]
-                rank = (meta.get("creationTimestamp") or "~", meta["namespace"], meta["name"], name, protocol)
+                rank = (True, meta.get("creationTimestamp") or "~", meta["namespace"], meta["name"], name, protocol)
 
                 def claim(host: str, number: int, way: Way, key: str = protocol, rank: Any = rank) -> None:
                     claims.setdefault(f"{host}:{number}/{key}", []).append((rank, way))
 
-                claim(own[0], port["port"], Way(owner, inner, inner, None))
+                claim(own[0], port["port"], Way(owner, inner, inner, None), rank=(False, *rank[1:]))
                 for ip in dict.fromkeys(others):
                     if ip not in own and not (protocol == "TCP" and (ip, port["port"]) in node.servers):
                         allowed = _sources(spec, version, ip, node) if ip in balancers else None

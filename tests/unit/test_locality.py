@@ -26,13 +26,13 @@ class InsiderTests(SynchronousTestCase):
     """How pods are told from everybody else (kubernetes cmd/kube-proxy/app/server_linux.go, getLocalDetectors)."""
 
     def insiders(self, of: Any = None, **settings: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        locality = localityOf(NodeSettings(**settings), of)
+        locality, _ = localityOf(NodeSettings(**settings), of)
         return locality.insiders, locality.insiderLinks
 
     def test_nothingSaid(self) -> None:
         """Without a word nobody is inside but the node itself, and node ports are everywhere."""
-        self.assertEqual(localityOf(NO_SETTINGS, None), PLAIN)
-        self.assertEqual(localityOf(NO_SETTINGS, node(podCIDRs=HERE)), PLAIN)
+        self.assertEqual(localityOf(NO_SETTINGS, None), (PLAIN, []))
+        self.assertEqual(localityOf(NO_SETTINGS, node(podCIDRs=HERE)), (PLAIN, []))
 
     def test_clusterCIDR(self) -> None:
         """The networks of the configuration, whatever the Node says."""
@@ -64,7 +64,7 @@ class NodePortTests(SynchronousTestCase):
     """Where node ports are served (kubernetes pkg/proxy/util/nodeport_addresses.go)."""
 
     def at(self, *words: str, addresses: Any = ("192.0.2.7", "2001:db8::7")) -> tuple[str, ...]:
-        return localityOf(NodeSettings(nodePortAddresses=words), None, addresses).nodePorts
+        return localityOf(NodeSettings(nodePortAddresses=words), None, addresses)[0].nodePorts
 
     def test_all(self) -> None:
         """All is every address; so is nothing."""
@@ -132,10 +132,28 @@ class ServiceNetworkTests(SynchronousTestCase):
         """Those of all objects together, in one form whatever their order; bad ones left out."""
         one, other = serviceCIDR("10.96.0.0/13", "fd00:96::/112"), serviceCIDR("10.104.0.0/13", "x", name="more")
         for objects in ({"a": one, "b": other}, {"b": other, "a": one}):
-            locality = localityOf(NO_SETTINGS, None, services=serviceNetworks(objects))
+            locality, problems = localityOf(NO_SETTINGS, None, services=objects)
             self.assertEqual(locality.services, ("10.96.0.0/12", "fd00:96::/112"))
+            self.assertEqual([(it.kind, it.key) for it in problems], [("ServiceCIDR", "b")])
 
     def test_empty(self) -> None:
         """An object without spec or networks is nothing."""
         bare = wire.ServiceCIDR(wire.ObjectMeta("bare"))
-        self.assertEqual(serviceNetworks({"a": bare, "b": serviceCIDR()}), [])
+        self.assertEqual(serviceNetworks({"a": bare, "b": serviceCIDR()}), ([], []))
+
+    def test_tooWide(self) -> None:
+        """
+        A network that holds everything, or pods, would cut the node or its pods off: it is left out, and told of.
+        """
+        objects = {"wide": serviceCIDR("0.0.0.0/0", "::/0", "10.0.0.0/8", "10.96.0.0/12")}
+        settings = NodeSettings(clusterCIDRs=("10.244.0.0/16",))
+        locality, problems = localityOf(settings, None, services=objects)
+        self.assertEqual(locality.services, ("10.96.0.0/12",))
+        self.assertEqual(
+            [it.reason for it in problems],
+            [
+                "0.0.0.0/0 is every address there is; it is left out",
+                "::/0 is every address there is; it is left out",
+                "10.0.0.0/8 overlaps 10.244.0.0/16, of pods; it is left out",
+            ],
+        )

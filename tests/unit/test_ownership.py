@@ -36,6 +36,20 @@ class ClaimsTests(SynchronousTestCase):
             self.assertIs(claims.owned(old), old)
             self.assertEqual(claims.pending(young), {KEY: old.name})
 
+    def test_allocated(self) -> None:
+        """A ClusterIP was allocated to its Service: nobody takes it by claiming it as an external IP."""
+        victim = servicePort(portName("victim"), frontends=[Frontend("ClusterIP", "10.96.0.9", 80)])
+        thief = servicePort(portName("thief"), frontends=[Frontend("ExternalIP", "10.96.0.9", 80)])
+        key = FrontendKey("IPv4", "TCP", "10.96.0.9", 80)
+        for order in ((victim, thief), (thief, victim)):
+            claims = Claims()
+            for port in order:
+                claims.change([], [port], "2026-01-01" if port is thief else "2026-02-01")
+            self.assertEqual(claims.owner(key), victim.name)
+            # What was taken from nobody is his as soon as nobody has it.
+            self.assertIn(thief.name, claims.change([victim], [], ""))
+            self.assertEqual(claims.owner(key), thief.name)
+
     def test_sameAge(self) -> None:
         """Of the same age, the first by name."""
         claims = Claims()

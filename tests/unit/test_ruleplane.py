@@ -223,8 +223,8 @@ class RulePlaneTests(SynchronousTestCase):
         addresses = frozenset({"10.96.0.1", "10.96.0.8"})
         self.writer.inForce = Ruleset(left, frozenset({Guard("IPv4", "TCP", 40001)}), addresses, Locality(INSIDERS))
         self.start()
-        self.assertEqual(self.plane.targetInForce(key("10.96.0.1", 80)), 40001)
-        self.assertIsNone(self.plane.targetInForce(key("10.96.0.2", 80)))
+        self.assertEqual(self.plane.ruleInForce(key("10.96.0.1", 80)), same(to(40001)))
+        self.assertIsNone(self.plane.ruleInForce(key("10.96.0.2", 80)))
         self.done(self.web, self.api)
         self.assertEqual([it.call for it in self.writer.writes], ["apply"])
         self.assertEqual(

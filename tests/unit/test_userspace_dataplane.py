@@ -20,6 +20,7 @@ from zope.interface.verify import verifyObject
 from tests.builders import portName, serviceMap, servicePort
 from tests.shared.proxiers import RecordingObserver, ScriptedBalancer
 from twisted_kproxy.core.changes import Update
+from twisted_kproxy.core.rules import Rule, Target
 from twisted_kproxy.core.values import (
     Endpoint,
     Frontend,
@@ -53,7 +54,7 @@ class FakeRules:
         self.log = log
         self.updates: list[Update] = []
         self.answers: list[Deferred[None]] = []
-        self.earlier: dict[FrontendKey, int] = {}
+        self.earlier: dict[FrontendKey, Rule] = {}
         self.stopping: Deferred[None] = succeed(None)
 
     def start(self) -> Deferred[None]:
@@ -72,13 +73,18 @@ class FakeRules:
     def status(self) -> Mapping[str, Any]:
         return {"writer": "fake"}
 
-    def targetInForce(self, key: FrontendKey) -> int | None:
+    def ruleInForce(self, key: FrontendKey) -> Rule | None:
         return self.earlier.get(key)
 
     @property
     def map(self) -> ServiceMap:
         """What it was last told."""
         return self.updates[-1].current
+
+
+def leading(port: int) -> Rule:
+    """A rule that leads everybody to that port of the node."""
+    return Rule(Target("192.0.2.1", port), Target("192.0.2.1", port))
 
 
 @implementer(IProxier)
@@ -449,7 +455,7 @@ class DataplaneTests(SynchronousTestCase):
 
     def test_adoptsPort(self) -> None:
         """Where rules of an earlier run lead, there it listens again; such ports are opened before any other."""
-        self.rules.earlier[FrontendKey("IPv4", "TCP", "10.96.0.10", 80)] = 40001
+        self.rules.earlier[FrontendKey("IPv4", "TCP", "10.96.0.10", 80)] = leading(40001)
         fresh = [
             servicePort(portName(f"a{n}"), cluster=[A], frontends=[Frontend("ClusterIP", f"10.96.1.{n}", 80)])
             for n in range(5)
@@ -460,14 +466,32 @@ class DataplaneTests(SynchronousTestCase):
 
     def test_adoptsByAnyFrontend(self) -> None:
         """One rule that is left of a pool is enough to find its port again, whichever frontend it is of."""
-        self.rules.earlier[FrontendKey("IPv4", "TCP", "", 30080)] = 45000
+        self.rules.earlier[FrontendKey("IPv4", "TCP", "", 30080)] = leading(45000)
         frontends = [Frontend("ClusterIP", "10.96.0.10", 80), Frontend("NodePort", None, 30080)]
         self.update(servicePort(cluster=[A], frontends=frontends))
         self.assertEqual(self.sockets(), {"web/cluster": 45000})
 
+    def test_adoptsInside(self) -> None:
+        """A pool that only insiders are led to finds its port again, too, and not that of the others' pool."""
+        key = FrontendKey("IPv4", "TCP", "", 30080)
+        self.rules.earlier[key] = Rule(Target("192.0.2.1", 45001), Target("192.0.2.1", 45002))
+        local = Frontend("NodePort", None, 30080, pool="local", insidePool="cluster")
+        here = Endpoint("10.9.9.9", 1, True)
+        self.update(servicePort(cluster=[A, here], local=[here], frontends=[local]))
+        self.assertEqual(self.sockets(), {"web/local": 45001, "web/cluster": 45002})
+
+    def test_adoptsNothingOfOthers(self) -> None:
+        """Where others are dropped, the port of the insiders is not taken for theirs."""
+        self.rules.earlier[FrontendKey("IPv4", "TCP", "", 30080)] = Rule("drop", Target("192.0.2.1", 45002))
+        local = Frontend("NodePort", None, 30080, pool="local", insidePool="cluster")
+        here = Endpoint("10.9.9.9", 1, True)
+        self.update(servicePort(cluster=[A, here], local=[here], frontends=[local]))
+        self.assertEqual(self.sockets()["web/cluster"], 45002)
+        self.assertNotEqual(self.sockets()["web/local"], 45002)
+
     def test_adoptsOrNot(self) -> None:
         """A former port that is taken by now is let go without a word."""
-        self.rules.earlier[FrontendKey("IPv4", "TCP", "10.96.0.10", 80)] = 45000
+        self.rules.earlier[FrontendKey("IPv4", "TCP", "10.96.0.10", 80)] = leading(45000)
         self.taken.add(45000)
         with capturedLogs() as events:
             self.update(servicePort(cluster=[A]))

@@ -127,6 +127,12 @@ def shortened(text: str, most: int = 300) -> str:
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
+def overlap(one: str, other: str) -> bool:
+    """Whether two canonical networks have addresses in common."""
+    first, second = ip_network(one), ip_network(other)
+    return first.version == second.version and first.overlaps(second)
+
+
 def isMapped(text: str) -> bool:
     """Whether an address is written as IPv4 within IPv6 (``::ffff:10.0.0.1``)."""
     return ":" in text and canonical(text)[1] == "IPv4"

@@ -13,8 +13,8 @@ from typing import Literal, TypeAlias
 from msgspec import Struct
 
 from . import wire
-from .addresses import BadAddress, canonical, everywhere, familyOf, joined, network
-from .values import EVERYWHERE, FAMILIES, Family, Locality
+from .addresses import BadAddress, canonical, everywhere, familyOf, joined, network, overlap
+from .values import EVERYWHERE, FAMILIES, Family, Locality, Problem
 
 DetectLocal: TypeAlias = Literal["cluster-cidr", "node-cidr", "bridge", "interface-prefix"]
 LOCALHOST: dict[Family, str] = {"IPv4": "127.0.0.0/8", "IPv6": "::1/128"}
@@ -48,13 +48,14 @@ def localityOf(
     settings: NodeSettings,
     node: wire.Node | None,
     addresses: Iterable[str] = (),
-    services: Iterable[str] = (),
-) -> Locality:
+    services: Mapping[str, wire.ServiceCIDR] | None = None,
+) -> tuple[Locality, list[Problem]]:
     """
     Put together what is known by now; what is not known yet is left out.
 
     :param addresses: the node's own, canonical: what ``primary`` means.
-    :param services: the networks of ClusterIPs.
+    :param services: the ServiceCIDR objects, by name.
+    :return: that, and what of the objects is not followed.
     """
     links: tuple[str, ...] = ()
     insiders: tuple[str, ...] = ()
@@ -64,12 +65,14 @@ def localityOf(
         insiders = joined(podNetworks(node))
     elif settings.podInterface:
         links = (settings.podInterface + ("*" if settings.detectLocal == "interface-prefix" else ""),)
-    return Locality(
+    networks, problems = serviceNetworks(services or {}, insiders)
+    locality = Locality(
         insiders=insiders,
         insiderLinks=links,
         nodePorts=_nodePorts(settings.nodePortAddresses, addresses),
-        services=joined(services),
+        services=joined(networks),
     )
+    return locality, problems
 
 
 def addressesOf(node: wire.Node | None) -> frozenset[str]:
@@ -93,9 +96,33 @@ def podNetworks(node: wire.Node | None) -> list[str]:
     return _networks(spec.podCIDRs or ([spec.podCIDR] if spec.podCIDR else []))
 
 
-def serviceNetworks(objects: Mapping[str, wire.ServiceCIDR]) -> list[str]:
-    """The networks of all ServiceCIDR objects, without those that cannot be read."""
-    return [text for it in objects.values() for text in _networks((it.spec.cidrs if it.spec else None) or ())]
+def serviceNetworks(
+    objects: Mapping[str, wire.ServiceCIDR], pods: tuple[str, ...] = ()
+) -> tuple[list[str], list[Problem]]:
+    """
+    The networks of all ServiceCIDR objects. What no Service has of these is dropped: so one that cannot be meant, since
+    it holds everything or pods, is left out.
+
+    :param pods: their networks, as far as they are known.
+    :return: the networks, and what is wrong with others.
+    """
+    found: list[str] = []
+    problems: list[Problem] = []
+    for key, it in objects.items():
+        for text in (it.spec.cidrs if it.spec else None) or ():
+            try:
+                cidr = network(text)[0]
+            except BadAddress as error:
+                problems.append(Problem("ServiceCIDR", key, f"{error}; it is left out"))
+                continue
+            overlapped = next((pod for pod in pods if overlap(pod, cidr)), None)
+            if cidr in EVERYWHERE:
+                problems.append(Problem("ServiceCIDR", key, f"{cidr} is every address there is; it is left out"))
+            elif overlapped is not None:
+                problems.append(Problem("ServiceCIDR", key, f"{cidr} overlaps {overlapped}, of pods; it is left out"))
+            else:
+                found.append(cidr)
+    return found, problems
 
 
 def _networks(texts: Iterable[str]) -> list[str]:

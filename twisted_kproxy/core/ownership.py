@@ -1,7 +1,8 @@
 """
 Who owns a frontend that several Services claim.
 
-One rule, the same on every node: the oldest Service wins, then the first by namespace and name, then by port name.
+One rule, the same on every node: who has an address as its ClusterIP wins, since that was allocated to it; then the
+oldest Service, then the first by namespace and name, then by port name.
 The others wait, and the next one takes over when the owner lets go. Because claims are kept by (address, port,
 protocol) and not by object, it does not matter whether the new owner is seen before the old one has gone.
 """
@@ -21,16 +22,17 @@ def healthCheckKey(port: ServicePort) -> FrontendKey | None:
     return FrontendKey(port.name.family, "TCP", "", port.healthCheckPort) if port.healthCheckPort else None
 
 
-def _keys(port: ServicePort) -> Iterator[FrontendKey]:
-    """Everything that a service port claims."""
+def _claims(port: ServicePort) -> Iterator[tuple[FrontendKey, bool]]:
+    """Everything that a service port claims, and whether it is its ClusterIP."""
     for frontend in port.frontends:
-        yield port.key(frontend)
+        yield port.key(frontend), frontend.kind == "ClusterIP"
     health = healthCheckKey(port)
     if health is not None:
-        yield health
+        yield health, False
 
 
-Rank: TypeAlias = tuple[str, ServicePortName]
+#: no ClusterIP; how old; whose
+Rank: TypeAlias = tuple[bool, str, ServicePortName]
 #: sorts behind every creationTimestamp: an object from a file takes nothing from one of the cluster
 UNKNOWN_AGE = "~"
 
@@ -53,18 +55,18 @@ class Claims:
             are two at the most for each.
         """
         touched: set[ServicePortName] = set()
-        before = {(key, port.name) for port in old for key in _keys(port)}
-        after = {(key, port.name) for port in new for key in _keys(port)}
-        for key, name in before - after:
+        before = {(key, port.name) for port in old for key, _ in _claims(port)}
+        after = {(key, port.name): isClusterIP for port in new for key, isClusterIP in _claims(port)}
+        for key, name in before - after.keys():
             claimants = self._claims[key]
             rank = claimants.pop(name)
             if not claimants:
                 del self._claims[key], self._owners[key]
             elif self._owners[key] == rank:
                 self._own(key, min(claimants.values()), touched)
-        for key, name in after:
+        for (key, name), isClusterIP in after.items():
             claimants = self._claims.setdefault(key, {})
-            rank = (created, name)
+            rank = (not isClusterIP, created, name)
             known = claimants.get(name)
             if known == rank:
                 continue
@@ -79,14 +81,14 @@ class Claims:
     def _own(self, key: FrontendKey, rank: Rank, touched: set[ServicePortName]) -> None:
         before = self._owners.get(key)
         self._owners[key] = rank
-        touched.add(rank[1])
+        touched.add(rank[-1])
         if before is not None:
-            touched.add(before[1])
+            touched.add(before[-1])
 
     def owner(self, key: FrontendKey) -> ServicePortName | None:
         """The one that serves this frontend."""
         rank = self._owners.get(key)
-        return rank[1] if rank else None
+        return rank[-1] if rank else None
 
     def owned(self, port: ServicePort) -> ServicePort:
         """The service port with only what it owns; the same object when it owns all."""
@@ -99,7 +101,7 @@ class Claims:
     def pending(self, port: ServicePort) -> Mapping[FrontendKey, ServicePortName]:
         """What the port claims and another one owns: key → owner."""
         found = {}
-        for key in _keys(port):
+        for key, _ in _claims(port):
             owner = self.owner(key)
             if owner is not None and owner != port.name:
                 found[key] = owner

@@ -50,17 +50,6 @@ class Rule(Struct, frozen=True, gc=False):
     sources: tuple[str, ...] | None = None
 
 
-def portInForce(rule: Rule | None) -> int | None:
-    """
-    The local port to which a rule leads, ``None`` where it leads nowhere. Where insiders and outsiders are led to two
-    ports, that of the outsiders counts.
-    """
-    for verdict in (rule.outside, rule.inside) if rule is not None else ():
-        if isinstance(verdict, Target):
-            return verdict.port
-    return None
-
-
 class Guard(Struct, frozen=True, order=True, gc=False):
     """A port of the proxy itself: only what was led there by a rule may reach it."""
 

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping
 
 from . import wire
 from .addresses import BadAddress, canonical
-from .locality import NodeSettings, addressesOf, localityOf, serviceNetworks
+from .locality import NodeSettings, addressesOf, localityOf
 from .topology import NodeFacts
-from .values import Locality
+from .values import Locality, Problem
 
 ZONE_LABEL = "topology.kubernetes.io/zone"
 #: the Service whose endpoints are the API servers: namespace and name
@@ -26,6 +26,7 @@ class Surroundings:
     :ivar node: this node's object, where there is one.
     :ivar services: the ServiceCIDR objects.
     :ivar hostAddresses: those by which this machine talks to others: the node's, as long as no Node object says.
+    :ivar problems: what of these objects is not followed, as of the last time that somebody asked.
     :ivar servers: for whoever knows some, where API servers are reached.
     """
 
@@ -35,6 +36,7 @@ class Surroundings:
         self.node: wire.Node | None = None
         self.services: Mapping[str, wire.ServiceCIDR] = {}
         self.hostAddresses: frozenset[str] = frozenset()
+        self.problems: list[Problem] = []
         self.servers: dict[str, frozenset[Server]] = {}
 
     def known(self) -> tuple[NodeFacts, Locality]:
@@ -49,7 +51,8 @@ class Surroundings:
             allowed=settings.allowed,
             denied=settings.denied,
         )
-        return facts, localityOf(settings, node, addresses, serviceNetworks(self.services))
+        locality, self.problems = localityOf(settings, node, addresses, self.services)
+        return facts, locality
 
 
 def serversOf(slices: Iterable[wire.EndpointSlice]) -> frozenset[Server]:

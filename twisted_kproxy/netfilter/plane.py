@@ -11,7 +11,7 @@ from twisted.logger import Logger
 from zope.interface import implementer
 
 from ..core.changes import Update
-from ..core.rules import Delta, Guard, Rule, Ruleset, portInForce
+from ..core.rules import Delta, Guard, Rule, Ruleset
 from ..core.values import FrontendKey, Locality, ServiceMap, ServicePort, ServicePortName
 from ..core.wording import counted
 from ..interfaces import IRulePlane, IRuleWriter, RulesNotJudged, RulesRejected
@@ -176,8 +176,8 @@ class RulePlane:
 
     # --- IRulePlane ---
 
-    def targetInForce(self, key: FrontendKey) -> int | None:
-        return portInForce(self._rules.get(key))
+    def ruleInForce(self, key: FrontendKey) -> Rule | None:
+        return self._rules.get(key)
 
     # --- inside ---
 

@@ -275,7 +275,7 @@ class UserspaceDataplane:
 
     def _preferred(self, port: ServicePort, kind: PoolKind) -> int:
         """Where rules left by an earlier run lead its clients: listening there keeps them served."""
-        return preferred(port, kind, self._rules.targetInForce)
+        return preferred(port, kind, self._rules.ruleInForce)
 
     def _refuse(self, name: ServicePortName, reason: str) -> None:
         if self._refused.get(name) != reason:

@@ -9,6 +9,7 @@ from msgspec.structs import replace
 from twisted.internet.error import CannotListenError
 from twisted.internet.task import deferLater
 
+from ..core.rules import Rule, Target
 from ..core.values import Endpoint, Family, FrontendKey, PoolKind, ServicePort
 from ..interfaces import IProxier
 
@@ -114,14 +115,20 @@ def planned(
     return redirected(port, {"cluster": (), "local": (), **targets}, fault is None), fault
 
 
-def preferred(port: ServicePort, kind: PoolKind, inForce: Callable[[FrontendKey], int | None]) -> int:
+def preferred(port: ServicePort, kind: PoolKind, inForce: Callable[[FrontendKey], Rule | None]) -> int:
     """
-    Where the socket of a pool should listen, 0 for anywhere.
+    Where the socket of a pool should listen, 0 for anywhere: where rules lead those whom this pool serves.
 
-    :param inForce: the port to which the rules in force lead a frontend.
+    :param inForce: the rule in force for a frontend.
     """
-    known = (inForce(port.key(frontend)) for frontend in port.frontends if frontend.pool == kind)
-    return next(filter(None, known), 0)
+    for frontend in port.frontends:
+        rule = inForce(port.key(frontend))
+        if rule is None:
+            continue
+        for served, verdict in ((frontend.pool, rule.outside), (frontend.insidePool, rule.inside)):
+            if served == kind and isinstance(verdict, Target):
+                return verdict.port
+    return 0
 
 
 def homeless(family: Family) -> str:

@@ -21,6 +21,8 @@ Handler: TypeAlias = Callable[[int], object]
 
 #: Everything, at each change only.
 MASK = select.EPOLLIN | select.EPOLLOUT | select.EPOLLRDHUP | select.EPOLLET
+#: For as long as there is something to read.
+READABLE = select.EPOLLIN
 #: There is something to read, or there will never be again.
 INPUT = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
 #: No further event may come for what is left to read.
@@ -57,10 +59,12 @@ class Poller:
             self._epoll = select.epoll()
         self._nest = _Nest(self._epoll, self._handlers)
 
-    def watch(self, fd: int, handler: Handler) -> bool:
+    def watch(self, fd: int, handler: Handler, mask: int = MASK) -> bool:
         """
         From now on events of that descriptor go to this handler.
 
+        :param mask: :data:`READABLE` for descriptors that nobody waits for to take more, or that are not read to the
+            last at each event.
         :return: whether it is new here: then the first event comes by itself, where there is something to tell.
         """
         known = fd in self._handlers
@@ -69,7 +73,7 @@ class Poller:
             if not self._nested and not self.integrated:
                 self._nested = True
                 self._reactor.addReader(self._nest)
-            self._epoll.register(fd, MASK)
+            self._epoll.register(fd, mask)
         return not known
 
     def closing(self, fd: int) -> None:
