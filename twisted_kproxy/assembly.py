@@ -15,6 +15,7 @@ from . import plugin
 from .config import Config
 from .core.rules import Ruleset, Target
 from .core.values import EVERYWHERE, PoolName
+from .core.wording import counted
 from .interfaces import (
     IChannel,
     ILoadBalancer,
@@ -156,7 +157,7 @@ async def _removeAll(reactor: Any) -> list[str]:
         except KproxyError as error:
             faults.append(f"UDP flows to sockets of kproxy could not be forgotten: {error}")
         else:
-            said += [f"{count} UDP flows to sockets of kproxy forgotten"] if count else []
+            said += [f"{counted(count, 'UDP flow')} to sockets of kproxy forgotten"] if count else []
     if faults:
         raise KproxyError("\n".join(faults + said))
     return said

@@ -66,8 +66,9 @@ async def _plan(
     seconds: float,
 ) -> tuple[list[str], list[str]]:
     for it in config.sources:
-        if isinstance(it, FilesOptions) and not os.path.exists(it.path):  # who asks for a plan will not wait for it
-            raise KproxyError(f"[source:{it.name}] path = {it.path}: does not exist; {KEPT}")
+        if isinstance(it, FilesOptions) and not os.access(it.path, os.R_OK):  # who asks for a plan will not wait for it
+            why = "cannot be read" if os.path.exists(it.path) else "does not exist"
+            raise KproxyError(f"[source:{it.name}] path = {it.path}: {why}; {KEPT}")
     addresses = {family: addressOf(family) for family in FAMILIES}
     cluster = Cluster(config.nodeName, config.proxyName, nodeSettings(config))
     cluster.hostAddresses(it for it in addresses.values() if it is not None)

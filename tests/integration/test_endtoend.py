@@ -6,6 +6,7 @@ curl and datagrams, with each rule writer.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import signal
@@ -297,6 +298,10 @@ class EndToEndTests(EndToEnd):
             self.expectRefused("x", url)
             pages = [daemon.get(f"http://127.0.0.1:10256/{page}")[0] for page in ("healthz", "livez")]
             self.assertEqual(pages, [503, 200])
+            sync = json.loads(daemon.get("http://127.0.0.1:10249/status")[2])["sync"]
+            self.assertEqual((sync["stopping"], sync["inForce"]), (True, False))
+            told = json.loads(daemon.get(f"http://127.0.0.1:10249/explain?to={host}:80")[2])["answers"]
+            self.assertEqual({(it["notServed"], it["inForce"]) for it in told}, {("kproxy is stopping", False)})
             self.assertIn(b"p0a", ask())
             daemon.process.wait(10)
             self.assertNotIn("10.96.", self.rules())
