@@ -40,8 +40,10 @@ LEFT_OUT = shutil.ignore_patterns(
     ".*_cache",
     ".hypothesis",
     "_pump.*",
+    "_datagrams.*",
 )
-PUMP = "twisted_kproxy/userspace/engines/pump.c"
+ENGINES = "twisted_kproxy/userspace/engines"
+SOURCES = {f"{ENGINES}/pump.c", f"{ENGINES}/datagrams.c"}
 #: Says which engine is chosen; arguments: modules that are not to be found.
 CHOOSES = """
 import sys
@@ -174,29 +176,29 @@ class BuildTests(SynchronousTestCase):
 
     def test_wheel(self) -> None:
         """
-        The wheel holds every module, the C module and its source, the drop-in, its own facts, and nothing else: no
+        The wheel holds every module, the C modules and their sources, the drop-in, its own facts, and nothing else: no
         tests, no ``__init__.py``.
         """
         with zipfile.ZipFile(wheel()) as archive:
             names = set(archive.namelist())
         facts = {name for name in names if name.startswith(f"{STEM}.dist-info/")}
         self.assertIn(f"{STEM}.dist-info/licenses/LICENSE", facts)
-        native = {name for name in names if name.startswith("twisted_kproxy/userspace/engines/_pump.")}
-        self.assertEqual([name.rpartition(".")[2] for name in native], ["so"])
-        self.assertEqual(names - facts - native, modules() | {DROPIN, PUMP, "twisted_kproxy/py.typed"})
+        native = {name for name in names if name.startswith((f"{ENGINES}/_pump.", f"{ENGINES}/_datagrams."))}
+        self.assertEqual([name.rpartition(".")[2] for name in native], ["so", "so"])
+        self.assertEqual(names - facts - native, modules() | SOURCES | {DROPIN, "twisted_kproxy/py.typed"})
 
     def test_withoutCompiler(self) -> None:
-        """Where no compiler works, the wheel is built all the same, with everything but the C module."""
+        """Where no compiler works, the wheel is built all the same, with everything but the C modules."""
         with zipfile.ZipFile(builtWithoutCompiler()) as archive:
             names = {name for name in archive.namelist() if ".dist-info/" not in name}
-        self.assertEqual(names, modules() | {DROPIN, PUMP, "twisted_kproxy/py.typed"})
+        self.assertEqual(names, modules() | SOURCES | {DROPIN, "twisted_kproxy/py.typed"})
 
     def test_sdist(self) -> None:
         """The source distribution has all that is needed to build and test, and nothing that was made meanwhile."""
         with tarfile.open(built() / f"{STEM}.tar.gz") as archive:
             names = {name.partition("/")[2] for name in archive.getnames()}
-        wanted = modules() | {
-            DROPIN, PUMP, "setup.py", "setup.cfg", "pyproject.toml", "README.rst", "LICENSE", "Makefile", ".ci/run",
+        wanted = modules() | SOURCES | {
+            DROPIN, "setup.py", "setup.cfg", "pyproject.toml", "README.rst", "LICENSE", "Makefile", ".ci/run",
             "etc/kproxy.ini", "etc/kproxy.service", "tests/packaging/test_packaging.py",
         }  # fmt: skip
         self.assertEqual(wanted - names, set())
