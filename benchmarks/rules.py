@@ -32,16 +32,16 @@ from tests.shared.writers import key, many, same
 from twisted_kproxy.core.changes import Update
 from twisted_kproxy.core.rules import Delta, Rule, Ruleset, Target
 from twisted_kproxy.core.values import FAMILIES, ServiceMap
-from twisted_kproxy.netfilter.conntrack import Flows
-from twisted_kproxy.netfilter.iptables import IptablesWriter
-from twisted_kproxy.netfilter.iptrestore import RestoreWriter
-from twisted_kproxy.netfilter.nftables import NftablesWriter
-from twisted_kproxy.netfilter.nftlayout import stepFor, wholeStep
-from twisted_kproxy.netfilter.nfttext import stepText
+from twisted_kproxy.netfilter.flows.conntrack import Flows
+from twisted_kproxy.netfilter.nft.layout import stepFor, wholeStep
+from twisted_kproxy.netfilter.nft.text import stepText
+from twisted_kproxy.netfilter.nft.writer import NftablesWriter
 from twisted_kproxy.netfilter.plane import RulePlane
-from twisted_kproxy.netfilter.xtscript import editScript, wholeScript
-from twisted_kproxy.netfilter.xtsteps import editsOf
-from twisted_kproxy.netfilter.xttext import parseSave, textOf
+from twisted_kproxy.netfilter.xt.restore import RestoreWriter
+from twisted_kproxy.netfilter.xt.script import editScript, wholeScript
+from twisted_kproxy.netfilter.xt.steps import editsOf
+from twisted_kproxy.netfilter.xt.text import parseSave, textOf
+from twisted_kproxy.netfilter.xt.writer import IptablesWriter
 
 WHERE = key("10.250.9.9", 80)
 STEMS = {"IPv4": "iptables-legacy", "IPv6": "ip6tables-legacy"}

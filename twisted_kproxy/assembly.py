@@ -29,7 +29,7 @@ from .interfaces import (
     NotAvailable,
 )
 from .netfilter.claim import NamespaceClaim
-from .netfilter.conntrack import Flows
+from .netfilter.flows.conntrack import Flows
 from .netfilter.planning import Claim
 from .userspace.accesslog import AccessLog
 from .userspace.dial import Dialer

@@ -42,7 +42,7 @@ from .metrics import LoopLag, Metrics
 from .netfilter.addresswatch import AddressWatch
 from .netfilter.choose import chooseWriter, removeLeftovers
 from .netfilter.claim import NamespaceClaim
-from .netfilter.conntrack import Flows
+from .netfilter.flows.conntrack import Flows
 from .netfilter.node import ownAddresses, primaryAddress, sourceTowards
 from .netfilter.plane import RulePlane
 from .netfilter.sysctls import KernelSettings, Wishes, nodePortsOf, warnOfLocalPorts

@@ -40,13 +40,13 @@ from twisted_kproxy.core.values import (
 )
 from twisted_kproxy.interfaces import IProxier
 from twisted_kproxy.netfilter.memory import MemoryWriter
-from twisted_kproxy.netfilter.nftlayout import wholeStep
-from twisted_kproxy.netfilter.nfttext import stepText, structureText
+from twisted_kproxy.netfilter.nft.layout import wholeStep
+from twisted_kproxy.netfilter.nft.text import stepText, structureText
 from twisted_kproxy.netfilter.plane import RulePlane
-from twisted_kproxy.netfilter.xtbytes import pack, parse
-from twisted_kproxy.netfilter.xtlayout import JUMPS, TABLES, render
-from twisted_kproxy.netfilter.xtscript import wholeScript
-from twisted_kproxy.netfilter.xttext import textOf
+from twisted_kproxy.netfilter.xt.layout import JUMPS, TABLES, render
+from twisted_kproxy.netfilter.xt.packed import pack, parse
+from twisted_kproxy.netfilter.xt.script import wholeScript
+from twisted_kproxy.netfilter.xt.text import textOf
 from twisted_kproxy.userspace.dataplane import UserspaceDataplane
 
 from .site import LAN, NODE, Flow, Row, plainNode

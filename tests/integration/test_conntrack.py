@@ -16,8 +16,8 @@ from tests.shared.namespaces import Namespace, canMakeNamespaces
 from tests.shared.writers import key, same
 from twisted_kproxy.core.rules import Rule, Ruleset, Target
 from twisted_kproxy.core.values import FAMILIES, Family, FrontendKey
-from twisted_kproxy.netfilter.conntrack import Flows, FlowsRemain
-from twisted_kproxy.netfilter.nftables import NftablesWriter
+from twisted_kproxy.netfilter.flows.conntrack import Flows, FlowsRemain
+from twisted_kproxy.netfilter.nft.writer import NftablesWriter
 from twisted_kproxy.netfilter.node import Localness
 from twisted_kproxy.netfilter.tool import Tool, find
 

@@ -26,9 +26,9 @@ from twisted_kproxy.core.changes import Update
 from twisted_kproxy.core.rules import Delta, Guard, Rule, Ruleset, Target, applied, deltaBetween
 from twisted_kproxy.core.values import Frontend, Locality, ServiceMap, ServicePort, ServicePortName
 from twisted_kproxy.interfaces import NotAvailable, RulesRejected
-from twisted_kproxy.netfilter import iptables
-from twisted_kproxy.netfilter.iptables import IptablesWriter
 from twisted_kproxy.netfilter.plane import RulePlane
+from twisted_kproxy.netfilter.xt import writer as iptables
+from twisted_kproxy.netfilter.xt.writer import IptablesWriter
 
 SAVES = ("iptables-legacy-save", "ip6tables-legacy-save")
 
@@ -44,7 +44,7 @@ def missing() -> str | None:
 #: Another program changes the table between a read and the commit that follows.
 OVERTAKEN = """
 import subprocess, sys
-from twisted_kproxy.netfilter import xttables
+from twisted_kproxy.netfilter.xt import tables as xttables
 table = xttables.LiveTable("IPv4", "nat")
 table.clear("KPROXY-X")
 table.commit()

@@ -13,8 +13,8 @@ from tests.integration.test_iptables import missing
 from tests.shared.writers import key, same
 from twisted_kproxy.core.rules import Delta, Rule, Ruleset, deltaBetween
 from twisted_kproxy.core.values import Family, FrontendKey, Locality, Protocol
-from twisted_kproxy.netfilter.iptables import IptablesWriter
-from twisted_kproxy.netfilter.iptrestore import RestoreWriter
+from twisted_kproxy.netfilter.xt.restore import RestoreWriter
+from twisted_kproxy.netfilter.xt.writer import IptablesWriter
 
 
 class IptablesTrafficTests(traffic.TrafficTests):

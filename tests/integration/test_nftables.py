@@ -30,9 +30,9 @@ from twisted_kproxy.core.values import Endpoint, Frontend, Locality, ServiceMap,
 from twisted_kproxy.interfaces import RulesRejected
 from twisted_kproxy.netfilter.choose import hasLegacyRules, hasNftablesNat
 from twisted_kproxy.netfilter.netlink import Refused
-from twisted_kproxy.netfilter.nftables import NftablesWriter
-from twisted_kproxy.netfilter.nftlayout import NETWORKS
-from twisted_kproxy.netfilter.nfttext import readListing
+from twisted_kproxy.netfilter.nft.layout import NETWORKS
+from twisted_kproxy.netfilter.nft.text import readListing
+from twisted_kproxy.netfilter.nft.writer import NftablesWriter
 from twisted_kproxy.netfilter.plane import RulePlane
 from twisted_kproxy.netfilter.ruleset import canonicalNetworks
 from twisted_kproxy.netfilter.slices import Slices

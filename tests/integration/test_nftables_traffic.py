@@ -19,7 +19,7 @@ from tests.shared.namespaces import canMakeNamespaces
 from tests.shared.writers import key, many, same
 from twisted_kproxy.core.rules import PROXY_MARK, Delta, Guard, Rule, Ruleset, Target, Verdict, deltaBetween
 from twisted_kproxy.core.values import EVERYWHERE, FAMILIES, Family, FrontendKey, Locality, Protocol
-from twisted_kproxy.netfilter.nftables import NftablesWriter
+from twisted_kproxy.netfilter.nft.writer import NftablesWriter
 from twisted_kproxy.netfilter.ruleset import canonicalNetworks
 
 SOCKETS = {"IPv4": socket.AF_INET, "IPv6": socket.AF_INET6}

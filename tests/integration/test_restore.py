@@ -15,8 +15,8 @@ from tests.shared.namespaces import Namespace
 from tests.shared.writers import SAMPLE, KernelWriterTests, key, many, same
 from twisted_kproxy.core.rules import Delta, applied, deltaBetween
 from twisted_kproxy.interfaces import NotAvailable, RulesRejected
-from twisted_kproxy.netfilter.iptables import IptablesWriter
-from twisted_kproxy.netfilter.iptrestore import RestoreWriter
+from twisted_kproxy.netfilter.xt.restore import RestoreWriter
+from twisted_kproxy.netfilter.xt.writer import IptablesWriter
 
 
 class RestoreCase:

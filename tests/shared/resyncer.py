@@ -14,7 +14,7 @@ from twisted.internet.defer import Deferred
 from tests.shared.writers import many
 from twisted_kproxy import plugin
 from twisted_kproxy.interfaces import IWriterMaker
-from twisted_kproxy.netfilter.nftables import NftablesWriter
+from twisted_kproxy.netfilter.nft.writer import NftablesWriter
 
 PORTS = (20000, 30000)
 

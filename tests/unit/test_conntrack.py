@@ -13,8 +13,8 @@ from twisted.trial.unittest import SynchronousTestCase
 from tests.shared.writers import key
 from twisted_kproxy.core.rules import Target
 from twisted_kproxy.core.values import EVERYWHERE, Family, FrontendKey
-from twisted_kproxy.netfilter.conntrack import Judge, judging
-from twisted_kproxy.netfilter.flowscan import NEW, Flow, Scanner, Spot, decode, identity, question, spot
+from twisted_kproxy.netfilter.flows.conntrack import Judge, judging
+from twisted_kproxy.netfilter.flows.scan import NEW, Flow, Scanner, Spot, decode, identity, question, spot
 from twisted_kproxy.netfilter.netlink import NESTED, attribute, attributes, message
 from twisted_kproxy.netfilter.slices import finish
 

@@ -20,8 +20,9 @@ from tests.shared.writers import SAMPLE, key, same, to
 from twisted_kproxy.core.rules import Delta, Guard, Rule, Ruleset, deltaBetween
 from twisted_kproxy.core.values import Locality
 from twisted_kproxy.interfaces import IRuleWriter, NotAvailable, RulesRejected
-from twisted_kproxy.netfilter import iptworker
-from twisted_kproxy.netfilter.iptables import (
+from twisted_kproxy.netfilter.xt import worker as iptworker
+from twisted_kproxy.netfilter.xt.wire import LIMIT, FrameBuffer, Reply, Request, decodeReply, decodeRequest, framed
+from twisted_kproxy.netfilter.xt.writer import (
     CALL_SECONDS,
     GOODBYE_SECONDS,
     POLL_SECONDS,
@@ -30,7 +31,6 @@ from twisted_kproxy.netfilter.iptables import (
     extensionFolder,
     workerEnvironment,
 )
-from twisted_kproxy.netfilter.xtwire import LIMIT, FrameBuffer, Reply, Request, decodeReply, decodeRequest, framed
 
 
 class FakeWorker:

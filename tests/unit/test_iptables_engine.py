@@ -11,12 +11,13 @@ from twisted.trial.unittest import SkipTest, SynchronousTestCase
 from tests.shared.writers import NODE6, SAMPLE, key, many, same, to
 from twisted_kproxy.core.rules import Delta, Guard, Ruleset, applied
 from twisted_kproxy.core.values import FAMILIES, Locality
-from twisted_kproxy.netfilter.xtlayout import CHAINS, CLUSTER_IPS, GUARD, HOOKS, JUMPS, NO_PORT, REFUSE, render
-from twisted_kproxy.netfilter.xtwire import Reply, Request
+from twisted_kproxy.netfilter.xt.layout import CHAINS, CLUSTER_IPS, GUARD, HOOKS, JUMPS, NO_PORT, REFUSE, render
+from twisted_kproxy.netfilter.xt.wire import Reply, Request
 
 try:
-    from twisted_kproxy.netfilter import xtengine, xttables
-    from twisted_kproxy.netfilter.xtcheck import Checked
+    from twisted_kproxy.netfilter.xt import engine as xtengine
+    from twisted_kproxy.netfilter.xt import tables as xttables
+    from twisted_kproxy.netfilter.xt.check import Checked
 except Exception as error:
     unavailable = f"python-iptables cannot be used here: {error}"
 else:

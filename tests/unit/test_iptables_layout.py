@@ -16,21 +16,7 @@ from tests.shared.writers import NODE4, NODE6, SAMPLE, key, many, same, to
 from twisted_kproxy.core.rules import Delta, Guard, Rule, Ruleset, Target, applied, deltaBetween
 from twisted_kproxy.core.values import EVERYWHERE, FAMILIES, Family, FrontendKey, Locality
 from twisted_kproxy.netfilter.ruleset import Invalid
-from twisted_kproxy.netfilter.xtbytes import (
-    ACCEPT,
-    DROP,
-    HEAD,
-    REJECT,
-    RESET,
-    RETURN,
-    Entry,
-    UnknownBytes,
-    normalised,
-    pack,
-    parse,
-    sanitised,
-)
-from twisted_kproxy.netfilter.xtlayout import (
+from twisted_kproxy.netfilter.xt.layout import (
     CHAINS,
     CLUSTER_IPS,
     GUARD,
@@ -48,10 +34,24 @@ from twisted_kproxy.netfilter.xtlayout import (
     render,
     ruleEntries,
 )
-from twisted_kproxy.netfilter.xtread import joined, reconstruct
-from twisted_kproxy.netfilter.xtsteps import editsOf, flat, mendOf
-from twisted_kproxy.netfilter.xttext import entryOf, textOf
-from twisted_kproxy.netfilter.xtvalid import check
+from twisted_kproxy.netfilter.xt.packed import (
+    ACCEPT,
+    DROP,
+    HEAD,
+    REJECT,
+    RESET,
+    RETURN,
+    Entry,
+    UnknownBytes,
+    normalised,
+    pack,
+    parse,
+    sanitised,
+)
+from twisted_kproxy.netfilter.xt.read import joined, reconstruct
+from twisted_kproxy.netfilter.xt.steps import editsOf, flat, mendOf
+from twisted_kproxy.netfilter.xt.text import entryOf, textOf
+from twisted_kproxy.netfilter.xt.valid import check
 
 #: What libxtables 1.8.9 makes of ``-s 10.1.0.0/16 -d 10.0.0.1 -p tcp -m comment --comment "kproxy x" -m tcp --dport 80
 #: -j DNAT --to-destination 192.168.0.9:4000``.

@@ -15,7 +15,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from tests.shared.writers import SAMPLE, key, many, same, to
 from twisted_kproxy.core.rules import Guard, Ruleset
-from twisted_kproxy.netfilter import netlink, nftelements, nftreading
+from twisted_kproxy.netfilter import netlink
 from twisted_kproxy.netfilter.netlink import (
     HEADER,
     NLM_F_ACK,
@@ -31,7 +31,9 @@ from twisted_kproxy.netfilter.netlink import (
     attributes,
     messages,
 )
-from twisted_kproxy.netfilter.nftlayout import (
+from twisted_kproxy.netfilter.nft import elements as nftelements
+from twisted_kproxy.netfilter.nft import reading as nftreading
+from twisted_kproxy.netfilter.nft.layout import (
     CLUSTER_IPS,
     MAPS,
     SETS,

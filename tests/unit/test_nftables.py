@@ -19,8 +19,7 @@ from twisted_kproxy.core.values import Locality
 from twisted_kproxy.interfaces import NotAvailable, RulesRejected
 from twisted_kproxy.netfilter import tool
 from twisted_kproxy.netfilter.netlink import HEADER, text
-from twisted_kproxy.netfilter.nftables import NftablesWriter
-from twisted_kproxy.netfilter.nftlayout import (
+from twisted_kproxy.netfilter.nft.layout import (
     LAYOUT,
     MAPS,
     NETWORKS,
@@ -35,7 +34,7 @@ from twisted_kproxy.netfilter.nftlayout import (
     stepFor,
     wholeStep,
 )
-from twisted_kproxy.netfilter.nfttext import (
+from twisted_kproxy.netfilter.nft.text import (
     chainsFor,
     readListing,
     rulesIn,
@@ -44,7 +43,8 @@ from twisted_kproxy.netfilter.nfttext import (
     structureProblem,
     structureText,
 )
-from twisted_kproxy.netfilter.nftwatch import TableWatch
+from twisted_kproxy.netfilter.nft.watch import TableWatch
+from twisted_kproxy.netfilter.nft.writer import NftablesWriter
 from twisted_kproxy.netfilter.tool import Tool, TooSlow, find
 
 

@@ -10,13 +10,13 @@ from twisted.trial.unittest import SynchronousTestCase
 from tests.shared.writers import SAMPLE, key, many, same, to
 from twisted_kproxy.core.rules import Delta, Guard, Rule, Ruleset, applied
 from twisted_kproxy.core.values import FAMILIES, Family, Locality
-from twisted_kproxy.netfilter.xtbytes import UnknownBytes, pack
-from twisted_kproxy.netfilter.xtlayout import CHAINS, CLUSTER_IPS, GUARD, JUMPS, NO_PORT, render
-from twisted_kproxy.netfilter.xtscript import editScript, jumpsStand, removeScript, stuck, wholeScript
-from twisted_kproxy.netfilter.xtshapes import lacking, sctpShapes, shapes
-from twisted_kproxy.netfilter.xtstate import isOlder, understood
-from twisted_kproxy.netfilter.xtsteps import editsOf
-from twisted_kproxy.netfilter.xttext import Saved, entryOf, parseSave, textOf
+from twisted_kproxy.netfilter.xt.layout import CHAINS, CLUSTER_IPS, GUARD, JUMPS, NO_PORT, render
+from twisted_kproxy.netfilter.xt.packed import UnknownBytes, pack
+from twisted_kproxy.netfilter.xt.script import editScript, jumpsStand, removeScript, stuck, wholeScript
+from twisted_kproxy.netfilter.xt.shapes import lacking, sctpShapes, shapes
+from twisted_kproxy.netfilter.xt.state import isOlder, understood
+from twisted_kproxy.netfilter.xt.steps import editsOf
+from twisted_kproxy.netfilter.xt.text import Saved, entryOf, parseSave, textOf
 
 BUILTIN = {"nat": ("PREROUTING", "INPUT", "OUTPUT", "POSTROUTING"), "filter": ("INPUT", "FORWARD", "OUTPUT")}
 

@@ -11,8 +11,8 @@ from twisted.internet.defer import Deferred
 from twisted.logger import Logger
 
 from ..interfaces import IRuleWriter, KproxyError, NotAvailable, RulesNotJudged, RulesRejected
-from .iptwatch import legacyCounts
 from .netlink import NetlinkSocket, SocketOpener, attributes
+from .xt.watch import legacyCounts
 
 _log = Logger()
 _GETCHAIN = 10 << 8 | 4

@@ -15,7 +15,7 @@ from ..core.rules import Delta, Guard, Rule, Ruleset
 from ..core.values import FrontendKey, Locality, ServiceMap, ServicePort, ServicePortName
 from ..core.wording import counted
 from ..interfaces import IRulePlane, IRuleWriter, RulesNotJudged, RulesRejected
-from .flowkeeper import FlowKeeper
+from .flows.keeper import FlowKeeper
 from .isolate import Isolation, Unit
 from .planning import Claim, FlowRemover, deltaOf, differing, joining, rulesetOf, updating
 from .ruleset import CannotRender, Fragment, Fragments, Held

@@ -1,0 +1,1 @@
+"""UDP flows that the kernel remembers, and leads astray where rules have changed."""

@@ -1,0 +1,1 @@
+"""The rule writer for nf_tables."""

@@ -1,0 +1,1 @@
+"""The rule writers for iptables: by its library, and by its programs."""
