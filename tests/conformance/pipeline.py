@@ -23,7 +23,7 @@ from twisted_kproxy import config
 from twisted_kproxy.balance.balancer import LoadBalancer
 from twisted_kproxy.balance.policies import RoundRobin
 from twisted_kproxy.cluster import Cluster
-from twisted_kproxy.configmodel import nodeSettings
+from twisted_kproxy.config.model import nodeSettings
 from twisted_kproxy.core import wire
 from twisted_kproxy.core.changes import Update
 from twisted_kproxy.core.rules import Ruleset

@@ -11,7 +11,7 @@ from twisted.logger import capturedLogs, formatEvent
 from twisted.trial.unittest import SynchronousTestCase
 
 from tests.shared.relays import descriptors
-from twisted_kproxy.configmodel import ENGINES
+from twisted_kproxy.config.model import ENGINES
 from twisted_kproxy.interfaces import IRelay, NotAvailable
 from twisted_kproxy.reactor import DirectReactor
 from twisted_kproxy.userspace.engines import choose

@@ -13,10 +13,10 @@ from msgspec.structs import replace
 from twisted.trial.unittest import SynchronousTestCase
 
 from twisted_kproxy import config
-from twisted_kproxy.config import ApiOptions, Config, FilesOptions, HostPort, InvalidConfig, PluginOptions
-from twisted_kproxy.configvalues import readDuration, writeDuration
+from twisted_kproxy.config import ApiOptions, Config, FilesOptions, HostPort, InvalidConfig, PluginOptions, reading
+from twisted_kproxy.config.ini import parseIni
+from twisted_kproxy.config.values import readDuration, writeDuration
 from twisted_kproxy.core.locality import NodeSettings
-from twisted_kproxy.inifile import parseIni
 from twisted_kproxy.interfaces import NotAvailable
 
 ETC = Path(__file__).parents[2] / "etc"
@@ -570,7 +570,7 @@ class CheckFilesTests(IniCase):
 
     def test_outsideCluster(self) -> None:
         """in-cluster asks for what every pod has."""
-        self.patch(config, "SERVICE_ACCOUNT", self.folder)
+        self.patch(reading, "SERVICE_ACCOUNT", self.folder)
         loaded = self.load("[source:c]\ntype = api\nin-cluster = yes\n")
         faults = config.checkFiles(loaded, environ={})
         self.assertEqual(len(faults), 3)

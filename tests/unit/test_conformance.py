@@ -19,7 +19,7 @@ from tests.conformance.pipeline import LOCAL, WRITERS, Machine, faults, packetOf
 from tests.conformance.site import LAN, Row
 from tests.conformance.site import Flow as Packets
 from tests.conformance.table import rows
-from twisted_kproxy.configmodel import SOURCE_KEYS, schema
+from twisted_kproxy.config.model import SOURCE_KEYS, schema
 from twisted_kproxy.core.flows import Decision, Flow, Frontends, decide
 from twisted_kproxy.core.rules import PROXY_MARK
 

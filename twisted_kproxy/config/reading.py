@@ -9,7 +9,9 @@ import socket
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
-from .configmodel import (
+from ..interfaces import KproxyError
+from .ini import MAX_BYTES, Fault, Section, parseIni, shown
+from .model import (
     PATH,
     POLICIES,
     SOURCE_KEYS,
@@ -22,29 +24,9 @@ from .configmodel import (
     Key,
     PluginOptions,
     SourceOptions,
-    conntrackSettings,
-    nodeSettings,
     schema,
 )
-from .configvalues import DURATION, NODE_NAME, HostPort, masked, suggestion
-from .inifile import MAX_BYTES, Fault, Section, parseIni, shown
-from .interfaces import KproxyError
-
-__all__ = [
-    "ApiOptions",
-    "Config",
-    "FilesOptions",
-    "HostPort",
-    "InvalidConfig",
-    "PluginOptions",
-    "SourceOptions",
-    "checkFiles",
-    "conntrackSettings",
-    "effective",
-    "load",
-    "nodeSettings",
-    "render",
-]
+from .values import DURATION, NODE_NAME, HostPort, masked, suggestion
 
 SERVICE_ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"
 _SOURCE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}\Z")

@@ -7,7 +7,9 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from msgspec import Struct
 
-from .configvalues import (
+from ..core.locality import DetectLocal, NodeSettings
+from ..interfaces import KproxyError
+from .values import (
     BIND,
     CIDRS,
     COUNT,
@@ -30,8 +32,6 @@ from .configvalues import (
     Value,
     oneOf,
 )
-from .core.locality import DetectLocal, NodeSettings
-from .interfaces import KproxyError
 
 _NOT_BUILT = dict.fromkeys(("nftables", "iptables"), "is not built yet; use userspace")
 WRITERS = ("auto", "nftables", "python-iptables", "iptables", "iptables-legacy", "iptables-nft", "none")

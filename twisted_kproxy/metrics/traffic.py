@@ -11,7 +11,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Container, Iterable, Iterator
 
-from .core.values import Endpoint, Outcome, ServicePortName
+from ..core.values import Endpoint, Outcome, ServicePortName
 
 CONNECT_BUCKETS = (0.001, 0.005, 0.025, 0.1, 0.5, 2.0)
 REASONS = frozenset(("refused", "timeout", "unreachable", "reset", "no-endpoint", "client-gone", "limit", "error"))

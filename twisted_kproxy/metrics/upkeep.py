@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from .core.values import FAMILIES, Family
+from ..core.values import FAMILIES, Family
 
 #: 1 ms to 16 s, doubling.
 LOOK_BUCKETS = tuple(0.001 * 2**k for k in range(15))

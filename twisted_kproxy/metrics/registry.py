@@ -21,14 +21,12 @@ from prometheus_client.gc_collector import GCCollector
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
-from twisted.application.service import Service
 from twisted.internet.defer import Deferred, succeed
-from twisted.internet.interfaces import IDelayedCall, IReactorTime
 from zope.interface import implementer
 
-from . import __version__
-from .core.changes import Update
-from .core.values import (
+from .. import __version__
+from ..core.changes import Update
+from ..core.values import (
     FAMILIES,
     Change,
     Endpoint,
@@ -42,8 +40,8 @@ from .core.values import (
     ServicePortName,
     Word,
 )
-from .core.wire import CHANGE_TRIGGER_ANNOTATION, EndpointSlice
-from .interfaces import IChannel, ISource, ITrafficObserver, IUpdateListener
+from ..core.wire import CHANGE_TRIGGER_ANNOTATION, EndpointSlice
+from ..interfaces import IChannel, ISource, ITrafficObserver, IUpdateListener
 from .traffic import TrafficCounters
 from .upkeep import Upkeep
 
@@ -405,39 +403,3 @@ def _starved(port: ServicePort) -> set[str]:
         for frontend in port.frontends
         if frontend.pool == "local"
     }
-
-
-class LoopLag(Service):
-    """
-    Measures how late the reactor runs a timer: whatever holds up the loop shows here.
-
-    :param observe: is told the lateness in seconds, once per interval.
-    """
-
-    def __init__(self, reactor: IReactorTime, observe: Callable[[float], None], interval: float = 1.0) -> None:
-        self._reactor = reactor
-        self._observe = observe
-        self._interval = interval
-        self._due = 0.0
-        self._call: IDelayedCall | None = None
-
-    def startService(self) -> None:
-        super().startService()  # type: ignore[no-untyped-call]
-        self._schedule()
-
-    def stopService(self) -> None:
-        super().stopService()  # type: ignore[no-untyped-call]
-        if self._call is not None:
-            self._call.cancel()
-            self._call = None
-
-    def _schedule(self) -> None:
-        self._due = self._reactor.seconds() + self._interval
-        self._call = self._reactor.callLater(self._interval, self._tick)
-
-    def _tick(self) -> None:
-        self._observe(max(0.0, self._reactor.seconds() - self._due))
-        self._schedule()
-
-
-__all__ = ["LoopLag", "Metrics"]

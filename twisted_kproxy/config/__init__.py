@@ -1,0 +1,30 @@
+"""The configuration: the ini file, what it may hold, and every error text about it."""
+
+from .model import (
+    ApiOptions,
+    Config,
+    FilesOptions,
+    InvalidConfig,
+    PluginOptions,
+    SourceOptions,
+    conntrackSettings,
+    nodeSettings,
+)
+from .reading import checkFiles, effective, load, render
+from .values import HostPort
+
+__all__ = [
+    "ApiOptions",
+    "Config",
+    "FilesOptions",
+    "HostPort",
+    "InvalidConfig",
+    "PluginOptions",
+    "SourceOptions",
+    "checkFiles",
+    "conntrackSettings",
+    "effective",
+    "load",
+    "nodeSettings",
+    "render",
+]
