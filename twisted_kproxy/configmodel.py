@@ -34,7 +34,7 @@ from .interfaces import KproxyError
 _NOT_BUILT = dict.fromkeys(("nftables", "iptables"), "is not built yet; use userspace")
 WRITERS = ("auto", "nftables", "python-iptables", "iptables", "iptables-legacy", "iptables-nft", "none")
 POLICIES = ("round-robin", "random", "least-connections")
-ENGINES = ("auto", "native", "python")
+ENGINES = ("auto", "native", "python", "protocol")
 SOURCE_TYPES = ("api", "files")
 
 

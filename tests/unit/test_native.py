@@ -8,13 +8,14 @@ from twisted.internet import reactor
 from twisted.trial.unittest import SkipTest, TestCase
 
 from tests.shared.relays import BulkSuite, RelaySuite, descriptors
+from tests.shared.relayscripts import ScriptSuite
 from twisted_kproxy.interfaces import NotAvailable
 from twisted_kproxy.userspace.engines.native import NativeRelay, selfTest
 from twisted_kproxy.userspace.engines.poller import Poller
 from twisted_kproxy.userspace.engines.splice import MOST
 
 
-class NativeRelayTests(RelaySuite, BulkSuite, TestCase):
+class NativeRelayTests(RelaySuite, BulkSuite, ScriptSuite, TestCase):
     """In the reactor's thread."""
 
     timeout = 60

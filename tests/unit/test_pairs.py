@@ -15,6 +15,7 @@ from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
 from tests.shared.relays import BulkSuite, RelaySuite, descriptors, ending, readExactly, relayed, reset, tcpPair
+from tests.shared.relayscripts import ScriptSuite
 from twisted_kproxy.core.values import Outcome
 from twisted_kproxy.reactor import DirectReactor
 from twisted_kproxy.userspace.engines.pairs import BLOCK, PairRelay
@@ -22,7 +23,7 @@ from twisted_kproxy.userspace.engines.poller import ERROR, INPUT, LAST, Poller
 from twisted_kproxy.userspace.engines.splice import CHUNK, MOST, Pipes, findSplice
 
 
-class PairRelayTests(RelaySuite, BulkSuite, TestCase):
+class PairRelayTests(RelaySuite, BulkSuite, ScriptSuite, TestCase):
     """The engine in the reactor that the tests run under."""
 
     timeout = 60
@@ -38,7 +39,7 @@ class PairRelayTests(RelaySuite, BulkSuite, TestCase):
         return int(relay.pipes.made - relay.pipes.idle)
 
 
-class CopyingTests(RelaySuite, BulkSuite, TestCase):
+class CopyingTests(RelaySuite, BulkSuite, ScriptSuite, TestCase):
     """The same where there is no splice(2)."""
 
     timeout = 60
@@ -60,6 +61,9 @@ class ReactorTests(ReactorBuilder):
     equal = RelaySuite.equal
     pause = RelaySuite.pause
     pooled = 2 * MOST
+    echoes = (20, 150_000)
+    transfers = (4, 8 << 20)
+    scripts = 40
 
     def makeRelay(self, reactor: Any) -> PairRelay:
         relay = PairRelay(reactor)
@@ -102,6 +106,14 @@ class ReactorTests(ReactorBuilder):
     def test_backPressure(self) -> None:
         """A backend that never reads holds up its client."""
         self.perform(RelaySuite.test_backendNeverReads)
+
+    def test_manyEvents(self) -> None:
+        """More events at a time than are taken at a time."""
+        self.perform(RelaySuite.test_moreEventsThanOneBatch)
+
+    def test_scripts(self) -> None:
+        """Whatever both ends do."""
+        self.perform(ScriptSuite.test_randomScripts)
 
     def test_bulk(self) -> None:
         """The end rides on the last bytes of a bulk transfer."""

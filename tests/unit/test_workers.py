@@ -13,6 +13,7 @@ from twisted.internet.task import deferLater
 from twisted.trial.unittest import TestCase
 
 from tests.shared.relays import BulkSuite, Relayed, RelaySuite, ending, inThread, readExactly, relayed, tcpPair
+from tests.shared.relayscripts import ScriptSuite
 from twisted_kproxy.core.values import Outcome
 from twisted_kproxy.userspace.engines.pairs import PairRelay
 from twisted_kproxy.userspace.engines.poller import Poller
@@ -31,7 +32,7 @@ class _NoEngine:
         return succeed(None)
 
 
-class WorkersRelaySuiteTests(RelaySuite, BulkSuite, TestCase):
+class WorkersRelaySuiteTests(RelaySuite, BulkSuite, ScriptSuite, TestCase):
     """Two workers carry everything."""
 
     timeout = 60

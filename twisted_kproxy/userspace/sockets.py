@@ -23,6 +23,9 @@ BACKLOG = 4096
 #: The machine, not the other side, is short of something.
 EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
+#: With these an established connection fails whose other side is not there any more.
+VANISHED = frozenset({errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN, errno.ENETDOWN})
+
 _FAMILIES: dict[Family, socket.AddressFamily] = {"IPv4": socket.AF_INET, "IPv6": socket.AF_INET6}
 _WILDCARDS: dict[Family, str] = {"IPv4": "0.0.0.0", "IPv6": "::"}
 

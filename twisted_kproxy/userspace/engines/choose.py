@@ -16,10 +16,11 @@ from ...interfaces import IRelay, NotAvailable
 from .native import NativeRelay, selfTest
 from .pairs import PairRelay
 from .poller import Poller
+from .protocol import ProtocolRelay
 from .workers import WorkersRelay
 
 #: In order of preference.
-AUTOMATIC = ("native", "python")
+AUTOMATIC = ("native", "python", "protocol")
 _log = Logger()
 
 
@@ -33,6 +34,7 @@ def _native(reactor: Any, poller: Poller, threaded: bool) -> IRelay:
 _MAKERS: dict[str, Callable[[Any, Poller, bool], IRelay]] = {
     "native": _native,
     "python": lambda reactor, poller, threaded: PairRelay(reactor, poller),
+    "protocol": lambda reactor, poller, threaded: ProtocolRelay(reactor, poller),
 }
 
 

@@ -19,7 +19,7 @@ from zope.interface import implementer
 
 from ...core.values import Outcome
 from ...interfaces import IRelay
-from ..sockets import isDead, keepAlive, pendingError, resetClose
+from ..sockets import VANISHED, isDead, keepAlive, pendingError, resetClose
 from .poller import ERROR, INPUT, LAST, OUTPUT, Poller
 from .splice import CHUNK, Pipe, Pipes, Splice, findSplice
 
@@ -34,7 +34,6 @@ PIPED = 4 << 20
 _SWEEP = 15.0
 #: the way to call splice(2) here
 SPLICE = findSplice()
-_VANISHED = frozenset({errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN, errno.ENETDOWN})
 
 
 class _Half:
@@ -295,7 +294,7 @@ class _Pair:
 
     def broken(self, half: _Half, number: int) -> None:
         """There is nothing more to read from that side, and it did not end well: reset the other."""
-        self.close(f"{half.name}-{'timeout' if number in _VANISHED else 'reset'}")
+        self.close(f"{half.name}-{'timeout' if number in VANISHED else 'reset'}")
 
     def deaf(self, half: _Half, number: int) -> None:
         """
@@ -309,7 +308,10 @@ class _Pair:
         half.last = True
         half.peer._leavePipe()
         self.oneSided()
-        if half.ended:
+        if half.peer.error:
+            # Nobody is left to listen to either of them.
+            self.broken(half.peer, half.peer.error)
+        elif half.ended:
             self.broken(half, number)
         else:
             # What it had said may have been told of while this side could not listen.

@@ -218,7 +218,9 @@ static void deaf(pump *p, struct half *half, int number)
     half->last = 1;
     leavePipe(p, peerOf(half));
     oneSided(half->pair);
-    if (half->ended)
+    if (peerOf(half)->error)     /* nobody is left to listen to either of them */
+        broken(p, peerOf(half), peerOf(half)->error);
+    else if (half->ended)
         broken(p, half, number);
     else
         goOnLater(p, half->pair);
