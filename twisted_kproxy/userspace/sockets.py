@@ -66,6 +66,14 @@ def keepAlive(sock: socket.socket) -> None:
         pass  # It is dead already.
 
 
+def noDelay(sock: socket.socket) -> None:
+    """No Nagle delay, and whatever waits for more goes out now. Never raises."""
+    try:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    except OSError:
+        pass  # It is dead already, or no TCP socket.
+
+
 class _Marking:
     """Whether the lack of the privilege was told already."""
 
