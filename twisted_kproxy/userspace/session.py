@@ -60,13 +60,17 @@ class Session:
         self._started = 0.0
 
     def makeConnection(self, transport: AcceptedSocket) -> None:
+        """Begin with a client that comes from elsewhere than :class:`.tcp.ListeningPort`."""
+        self.begin(transport.socket)
+
+    def begin(self, sock: socket.socket) -> None:
         """Begin. From here on the session owns the socket and the descriptors taken for it."""
-        self._socket = transport.socket
+        self._socket = sock
         self._proxier.sessionBegan(self)
         self._started = self._proxier.reactor.seconds()
         try:
             # Most clients speak first, and have by now. An end is found again by whoever relays.
-            self._early = self._socket.recv(_FIRST)
+            self._early = sock.recv(_FIRST)
         except BlockingIOError:
             pass
         except OSError:
