@@ -16,7 +16,9 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +28,12 @@ from twisted_kproxy.configmodel import ENGINES
 from . import plots
 from .contestants import KPROXIES, MANIES, PEERS, BenchRig, Contestant, make
 from .machine import Steal, build, burst, describe, install, limitDescriptors
-from .measures import MEASURES
+from .measures import MEASURES, Figures
 from .table import DIRECT, HAPROXY, bars, tables
 
 ROUNDS, QUICK_ROUNDS = 5, 2
-#: Seconds after which no further round begins.
+#: Seconds: a round that would take longer than what is left of them is not begun.
 ENOUGH, QUICK_ENOUGH = 600.0, 85.0
-#: A round is not begun when the last one took longer than what is left; the measurements done once come first.
 QUICK_WHO = ("direct", "haproxy", "nginx 16k", "kproxy python", "kproxy native")
 NAN = float("nan")
 
@@ -105,9 +106,9 @@ class Run:
                 continue
             for it in self.contestants:
                 if takesPart(it):
-                    self._measure(name, it, lambda it=it: work(it, seconds * self._factor))  # type: ignore[misc]
+                    self._measure(name, it, partial(work, it, seconds * self._factor))
 
-    def _measure(self, name: str, it: Contestant, work: Any) -> None:
+    def _measure(self, name: str, it: Contestant, work: Callable[[], Figures]) -> None:
         try:
             found = self.steal.steady(work)
         except Exception as error:

@@ -68,7 +68,7 @@ stream {{
 _HAPROXY = """
 global
   nbthread {threads}
-  maxconn 9000
+  maxconn 7000
 defaults
   mode tcp
   backlog 4096
@@ -172,7 +172,11 @@ class Contestant:
     def check(self) -> None:
         """:raise AssertionError: where it cannot be reached."""
         host, port = self.target("web")
-        waitFor(lambda: self.rig.http("x", f"http://{host}:{port}/"), 20)
+        try:
+            waitFor(lambda: self.rig.http("x", f"http://{host}:{port}/"), 20)
+        except AssertionError as error:
+            said = self.program.log() if self.program is not None else ""
+            raise AssertionError(f"{self.name}: {error}\n{said}") from None
 
 
 class Direct(Contestant):

@@ -10,10 +10,9 @@ import subprocess
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
-from tests.fakes.daemon import Program
 from tests.fakes.network import waitFor
 
-from .contestants import Contestant, Kproxy, Way
+from .contestants import Contestant, Way
 from .machine import family, memory, processorTime, realTime
 
 Figures: TypeAlias = dict[str, float]
@@ -167,4 +166,3 @@ MEASURES: dict[str, tuple[Measure, float, bool, Callable[[Contestant], bool]]] =
 #: what differs from another one in nothing that this measures
 _SAME_UDP = frozenset({"nginx 64k", "kproxy thread", "kproxy workers", "kproxy protocol"})
 _SAME_IDLE = frozenset({"haproxy 2", "haproxy splice", "nginx 64k", "kproxy thread"})
-__all__ = ["FIGURES", "MEASURES", "Figures", "Kproxy", "Program"]

@@ -43,7 +43,8 @@ def draw(raw: Raw, folder: str) -> list[str]:
             colours = ["tab:blue" if it.startswith("kproxy") else "tab:gray" for it in who]
             axis.barh(who, values, xerr=errors, color=colours)
             axis.invert_yaxis()
-            axis.set_title(f"{figure}, {FIGURES[figure][0]}" + ("" if FIGURES[figure][1] else " (less is better)"), fontsize=9)
+            unit, more = FIGURES[figure]
+            axis.set_title(f"{figure}, {unit}" + ("" if more else " (less is better)"), fontsize=9)
             axis.tick_params(labelsize=7)
         canvas.tight_layout()
         path = os.path.join(folder, f"{name}.png")

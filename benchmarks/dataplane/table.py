@@ -14,8 +14,10 @@ HAPROXY, DIRECT, NGINX = "haproxy", "direct", "nginx 16k"
 _EMPTY = ""
 #: figures of one table, with its heading
 _TABLES = (
-    ("Requests over kept connections, and new connections", ("requests", "requests cpu", "connections", "connections cpu")),
-    ("Bulk, one stream and eight", ("down 1", "down 8", "up 1", "up 8", "down 1 cpu", "up 1 cpu")),
+    ("Requests over kept connections", ("requests", "requests cpu")),
+    ("New connections, one request each", ("connections", "connections cpu")),
+    ("Bulk, to the client, one stream and eight", ("down 1", "down 8", "down 1 cpu")),
+    ("Bulk, from the client", ("up 1", "up 8", "up 1 cpu")),
     ("Latency at a fixed rate", ("p50", "p99", "p99.9")),
     ("Memory of the proxy per idle connection, and before any", ("idle", "idle again", "base")),
     ("Datagrams", ("udp", "udp cpu", "udp trains", "udp trains cpu")),
@@ -86,8 +88,8 @@ def _table(raw: Raw, heading: str, figures: Sequence[str]) -> str:
     widths = [max(len(row[n]) for row in lines) for n in range(len(keep))]
     out = [heading, "-" * len(heading)]
     for row in lines:
-        cells = (it.rjust(width) if n else it.ljust(width) for n, (it, width) in enumerate(zip(row, widths, strict=True)))
-        out.append("  ".join(cells).rstrip())
+        first, *others = (it.rjust(width) for it, width in zip(row, widths, strict=True))
+        out.append("  ".join([row[0].ljust(len(first)), *others]).rstrip())
     return "\n".join(out)
 
 
