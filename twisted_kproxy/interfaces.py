@@ -85,7 +85,8 @@ class IChannel(Interface):
 class ISource(IService):
     """
     Says what exists. Once started it says ``Replaced`` once for each of its kinds, then one word per change, until
-    it is stopped. Losing contact says nothing: what was said last stays true.
+    it is stopped. Losing contact says nothing: what was said last stays true. An object that it calls rejected it has
+    logged, once for each reason.
     """
 
     name: str = Attribute("the NAME of its ``[source:NAME]`` section")

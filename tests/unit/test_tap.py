@@ -307,6 +307,60 @@ class CleanupTests(TapCase):
         self.assertIn("needs root, or the capability CAP_NET_ADMIN", self.err.getvalue())
 
 
+class RunPlanTests(TapCase):
+    """Showing what a run would do."""
+
+    def plan(self, result: Deferred[list[str]], mayRead: bool = True) -> int:
+        self.capture()
+        self.asked: list[Any] = []
+
+        def plan(reactor: Any, config: Config, may: bool) -> Deferred[list[str]]:
+            self.asked.append((config, may))
+            return result
+
+        return tap.runPlan(Config(path="x"), FakeReactor(), plan, mayRead)
+
+    def test_lines(self) -> None:
+        """The lines are printed; that something differs is no failure."""
+        self.assertEqual(self.plan(succeed(["+ a", "1 to add"])), 0)
+        self.assertEqual(self.out.getvalue(), "+ a\n1 to add\n")
+        self.assertEqual(self.asked, [(Config(path="x"), True)])
+
+    def test_noRight(self) -> None:
+        """Without the right to read rules it goes on without them."""
+        self.assertEqual(self.plan(succeed(["a"]), mayRead=False), 0)
+        self.assertEqual(self.asked, [(Config(path="x"), False)])
+
+    def test_unreadable(self) -> None:
+        """Sources that cannot be read are told, and make a failure."""
+        self.assertEqual(self.plan(fail(KproxyError("within 30 s these could not be read: c/Service"))), 1)
+        self.assertEqual(self.err.getvalue(), "kproxy: plan failed: within 30 s these could not be read: c/Service\n")
+
+    def test_exclusive(self) -> None:
+        """One thing at a time."""
+        error = self.assertRaises(UsageError, self.parse, "--check", "--plan", "--cleanup")
+        self.assertEqual(str(error), "--check and --plan and --cleanup exclude each other")
+
+    def test_faultyConfiguration(self) -> None:
+        """It begins with the configuration, as a run does."""
+        self.write("[nothing]\n")
+        self.assertEqual(self.exits("--plan", "--config", self.path), 1)
+        self.assertIn("[nothing]", self.err.getvalue())
+
+    def test_program(self) -> None:
+        """The real program, with rights to nothing: it reads the files, prints the plan and ends."""
+        text = yaml.safe_dump(manifest("web"))
+        Path(self.folder, "services.d", "a.yaml").write_text(text)
+        self.write(f"{GOOD}[rules]\nwriter = none\n")
+        done = subprocess.run(
+            [TWISTD, "kproxy", "--config", self.path, "--plan"], capture_output=True, text=True, cwd=self.folder,
+            timeout=60,
+        )
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        self.assertIn("  10.96.0.10:80/TCP reject\n", done.stdout)
+        self.assertIn("Not compared with the kernel", done.stdout)
+
+
 class ClockTests(SynchronousTestCase):
     """The time by which timers run."""
 
