@@ -108,7 +108,7 @@ async def nftChange(reactor: Any) -> None:
             before: dict[Any, Rule] = {}
 
             def byTool(n: int, before: dict[Any, Rule] = before) -> None:
-                script = stepText("kproxy", stepFor(before, frozenset(), Delta({WHERE: one(n)})))
+                script = stepText("kproxy", stepFor(Ruleset(before), Delta({WHERE: one(n)})))
                 before[WHERE] = one(n)
                 subprocess.run([*theirs.prefix, "nft", "-f", "-"], input=script, text=True, check=True)
 
@@ -118,6 +118,30 @@ async def nftChange(reactor: Any) -> None:
         print(f"{'nftables: one change, growth 100 → 100,000':<58} {took[100_000] / took[100]:9.2f} times")
         for it in (writer, tool):
             await it.close()
+
+
+async def nftSources(reactor: Any) -> None:
+    """One change among so many frontends that are not for everybody, with two networks each, beside 10,000 others."""
+    for count in (100, 1000, 10_000):
+        await nftSourcesAt(reactor, count)
+
+
+async def nftSourcesAt(reactor: Any, count: int) -> None:
+    lead = Target("192.0.2.2", 30000)
+    keys = [key(f"203.0.{n // 250}.{n % 250 + 1}", 443) for n in range(count)]
+    rules = dict.fromkeys(keys, same(lead, ("10.0.0.0/8", "198.51.100.0/24")))
+    others = [same(lead, ("10.0.0.0/8", f"192.0.2.{n}/32")) for n in range(2)]
+    with namespaces("mine") as (mine,):
+        writer = nftWriter(reactor, mine)
+        await writer.replace(Ruleset({**many(10_000).rules, **rules}))
+        ofSources, ofOthers = await turns(
+            31,
+            lambda n: writer.apply(Delta({keys[count // 2]: others[n % 2]})),
+            lambda n: writer.apply(Delta({WHERE: one(n)})),
+        )
+        row(f"nftables: one change of sources, {count:,} restricted", ofSources)
+        row(f"nftables: one other change, {count:,} restricted", ofOthers)
+        await writer.close()
 
 
 async def nftFull(reactor: Any) -> None:
@@ -375,10 +399,47 @@ async def flows(reactor: Any) -> None:
                 await forgetful.forget({it: frozenset() for it in keys})
             what = f"conntrack: 200 stale flows of 100,000, {shown}"
             row(what, statistics.median(ours), statistics.median(theirs), "conntrack -D")
+        await everyFlow(reactor, space, forgetful)
+
+
+async def everyFlow(reactor: Any, space: Namespace, flows: Flows) -> None:
+    """A look at all of a hundred thousand flows to a thousand frontends: none is stale, some are, half of them are."""
+    right, wrong = Target("192.0.2.2", 40000), Target("192.0.2.2", 40001)
+    where = [f"10.97.{n % 4}.{n // 4 % 250 + 1}" for n in range(1000)]
+    led = {key(it, 53, "UDP"): frozenset({right}) for it in where}
+
+    def look(led: Any) -> Work:
+        return lambda _n: flows.reconcile(led, [right, wrong])
+
+    def lists(_n: int) -> None:
+        space.run("conntrack", "-L", "-p", "udp")
+
+    ours, theirs = await turns(5, look(led), lists)
+    row("conntrack: a look at 100,000 flows, none stale", ours, theirs, "conntrack -L")
+    with Lateness(reactor) as late:
+        await turns(5, look(led))
+    print(f"{'conntrack: the reactor is late meanwhile, at most':<58} {late.worst * 1e3:9.2f} ms", flush=True)
+
+    def again(count: int) -> None:
+        addresses = ((n % 1000, f"10.{1 + n // 62_500}.{n // 250 % 250}.{n % 250 + 1}") for n in range(count))
+        plant(space.socket, ((it, 9000, where[at], 53, "192.0.2.2", 40001) for at, it in addresses))
+
+    def drops(_n: int) -> None:
+        space.run("conntrack", "-D", "-p", "udp", "--reply-port-src", "40001", check=False)
+
+    for count in (200, 50_000):
+        took: list[list[float]] = [[], []]
+        for n in range(3):
+            for work, found in zip((look(led), drops), took, strict=True):
+                again(count)
+                found.append(await timed(work, n))
+        what = f"conntrack: a look at 100,000 flows and {count:,} stale ones"
+        row(what, *map(statistics.median, took), "conntrack -D")
 
 
 ROWS = {
-    "change": nftChange, "full": nftFull, "iptables": iptables, "connect": connect, "lateness": lateness, "flows": flows
+    "change": nftChange, "sources": nftSources, "full": nftFull, "iptables": iptables, "connect": connect,
+    "lateness": lateness, "flows": flows,
 }  # fmt: skip
 
 

@@ -65,10 +65,25 @@ def slice_(
     return it
 
 
-def node(name: str = "n0", zone: str | None = None) -> wire.Node:
-    """A Node."""
-    labels = {"topology.kubernetes.io/zone": zone} if zone else {}
-    it: wire.Node = wire.convert("Node", {"metadata": {"name": name, "labels": labels}})
+def node(name: str = "n0", zone: str | None = None, addresses: Any = (), **spec: Any) -> wire.Node:
+    """A Node; addresses are internal ones, or ``(type, address)``."""
+    data = {
+        "metadata": {"name": name, "labels": {"topology.kubernetes.io/zone": zone} if zone else {}},
+        "spec": spec,
+        "status": {
+            "addresses": [
+                {"type": it[0], "address": it[1]} if isinstance(it, tuple) else {"type": "InternalIP", "address": it}
+                for it in addresses
+            ]
+        },
+    }
+    it: wire.Node = wire.convert("Node", data)
+    return it
+
+
+def serviceCIDR(*cidrs: str, name: str = "kubernetes") -> wire.ServiceCIDR:
+    """A ServiceCIDR."""
+    it: wire.ServiceCIDR = wire.convert("ServiceCIDR", {"metadata": {"name": name}, "spec": {"cidrs": list(cidrs)}})
     return it
 
 

@@ -23,7 +23,7 @@ from twisted.trial.runner import TestLoader, TrialRunner
 
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
-ORDER = ("unit", "conformance", "integration", "packaging")
+ORDER = ("unit", "integration", "packaging")
 CHECKS = (("ruff", "check", "."), ("mypy",), ("lint-imports",))
 
 

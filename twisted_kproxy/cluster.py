@@ -17,8 +17,9 @@ from zope.interface import implementer
 from .core import wire
 from .core.locality import NO_SETTINGS, NodeSettings
 from .core.ownership import UNKNOWN_AGE, Claims
-from .core.resolve import NOTHING, Resolved, concerns, resolve, serviceOf, slicesOf
+from .core.resolve import NOTHING, Resolved, concerns, resolve, serviceOf, slicesOf, unconcerning
 from .core.surroundings import KUBERNETES, Surroundings, serversOf
+from .core.topology import NodeFacts
 from .core.values import (
     Change,
     Kind,
@@ -87,9 +88,9 @@ class Cluster:
         self._waiting: dict[ServicePortName, None] = {}
         self._surroundings = Surroundings(nodeName, settings)
         self._facts, self._locality = self._surroundings.known()
-        self._ports: dict[ServicePortName, ServicePort] = {}
         self._map = ServiceMap(locality=self._locality)
-        self._stale = False
+        #: what is otherwise than in the map, ``None`` for what has gone
+        self._news: dict[ServicePortName, ServicePort | None] = {}
 
     # --- the channel
 
@@ -150,13 +151,7 @@ class Cluster:
             self.changed()
 
     def _reject(self, source: str, kind: Kind, key: str, reason: str, said: _Said) -> None:
-        if said.rejected.get(key) != reason:
-            kept = "its last good version stays in force" if key in said.objects else "it is not served"
-            self.log.warn(
-                "{kind} {key} of source {source} cannot be read, {kept}: {reason}",
-                kind=kind, key=key or "(without name)", source=source, kept=kept, reason=reason,
-            )
-        said.rejected[key] = reason
+        said.rejected[key] = reason  # the source has logged it
 
     # --- merging
 
@@ -272,9 +267,7 @@ class Cluster:
         facts, locality = self._surroundings.known()
         if (facts, locality) == (self._facts, self._locality):
             return False
-        if locality != self._locality:
-            self._locality = locality
-            self._stale = True
+        self._locality = locality
         if facts != self._facts:
             self._facts = facts
             self._dirty.update(dict.fromkeys(self._keys()))
@@ -320,13 +313,17 @@ class Cluster:
         """Whether nothing has come since then."""
         return not (self._unmerged or self._dirty or self._stale)
 
+    @property
+    def _stale(self) -> bool:
+        return bool(self._news) or self._locality != self._map.locality
+
     def current(self) -> ServiceMap:
         """The map that follows from everything said so far; the same object as long as nothing differs."""
         while self.catchUp():
             pass
         if self._stale:
-            self._stale = False
-            self._map = ServiceMap(self._ports, self._map.generation + 1, self._locality)
+            news, self._news = self._news, {}
+            self._map = self._map.step(news, self._map.generation + 1, self._locality)
         return self._map
 
     def _resolve(self, key: _ServiceKey) -> None:
@@ -350,15 +347,15 @@ class Cluster:
     def _publish(self, name: ServicePortName) -> None:
         """Put what is claimed under a name into the map, less what others own. What is equal stays the same object."""
         claimed = self._claimed.get(name)
+        owned = self._claims.owned(claimed) if claimed is not None else None
+        if self._map.get(name) == owned:
+            self._news.pop(name, None)
+        else:
+            self._news[name] = owned
         if claimed is None:
-            self._stale |= self._ports.pop(name, None) is not None
             self._waiting.pop(name, None)
-            return
-        owned = self._claims.owned(claimed)
-        if self._ports.get(name) != owned:
-            self._ports[name] = owned
-            self._stale = True
-        self._tellWaiting(name, claimed, owned is not claimed)
+        else:
+            self._tellWaiting(name, claimed, owned is not claimed)
 
     def _tellWaiting(self, name: ServicePortName, claimed: ServicePort, waits: bool) -> None:
         if not waits:
@@ -373,14 +370,31 @@ class Cluster:
                 )
 
     def _report(self, before: tuple[Problem, ...], after: tuple[Problem, ...]) -> None:
+        """Log what is new, a line for each object."""
         known = set(before)
+        found: dict[tuple[Kind, str], list[str]] = {}
         for problem in after:
             if problem not in known:
-                self.log.warn(
-                    "{kind} {key}: {reason}", kind=problem.kind, key=problem.key, reason=problem.reason
-                )
+                found.setdefault((problem.kind, problem.key), []).append(problem.reason)
+        for (kind, key), reasons in found.items():
+            self.log.warn("{kind} {key}: {reason}", kind=kind, key=key, reason="; ".join(reasons))
 
     # --- what operators see
+
+    @property
+    def facts(self) -> NodeFacts:
+        """What is known of this node."""
+        return self._facts
+
+    def objectsOf(self, namespace: str, name: str) -> tuple[wire.Service | None, list[wire.EndpointSlice]]:
+        """The Service of that name, as merged from all sources, and its slices."""
+        service: wire.Service | None = self._merged.get("Service", {}).get(f"{namespace}/{name}")
+        return service, [it for placed in self._slices.get((namespace, name), {}).values() for it in placed]
+
+    def unserved(self, namespace: str, name: str) -> str | None:
+        """Why the Service of that name means nothing to this proxy; ``None`` where it does."""
+        service, _slices = self.objectsOf(namespace, name)
+        return "no source has it" if service is None else unconcerning(service, self._proxyName)
 
     def quarantined(self) -> list[dict[str, str]]:
         """Objects that cannot be read, and whether an earlier version of them serves on."""

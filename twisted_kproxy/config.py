@@ -22,6 +22,7 @@ from .configmodel import (
     Key,
     PluginOptions,
     SourceOptions,
+    conntrackSettings,
     nodeSettings,
     schema,
 )
@@ -38,6 +39,7 @@ __all__ = [
     "PluginOptions",
     "SourceOptions",
     "checkFiles",
+    "conntrackSettings",
     "effective",
     "load",
     "nodeSettings",
@@ -252,7 +254,6 @@ class _Reading:
             line = self._line("metrics", "bind") or self._line("health", "bind")
             text = f"[metrics] bind = {metrics}: is the same port as [health] bind = {health}"
             self._fault(line, f"{text}: give one of them another")
-
 
     def _contradictoryDetection(self, values: Mapping[str, Any], given: Config) -> None:
         """Each way to tell pods from others has a key of its own, which the others have no use for."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 from msgspec import Struct
 
 from .configvalues import (
     BIND,
     CIDRS,
+    COUNT,
     DURATION,
     DURATIONS,
     HOST_NAME,
@@ -23,6 +24,7 @@ from .configvalues import (
     PROXY_URL,
     SERVER,
     SWITCH,
+    TIMEOUT,
     WORKERS,
     HostPort,
     Value,
@@ -126,6 +128,14 @@ class Config(Struct, frozen=True):
     workers: int = 1
     accessLog: str = ""
     policy: str = "round-robin"
+    conntrackSysctls: str = "auto"
+    conntrackMaxPerCore: int = 32768
+    conntrackMin: int = 131072
+    conntrackTcpEstablished: int = 86400
+    conntrackTcpCloseWait: int = 3600
+    conntrackUdp: int = 0
+    conntrackUdpStream: int = 0
+    conntrackTcpBeLiberal: bool = False
     healthBind: HostPort | None = HostPort("0.0.0.0", 10256)
     metricsBind: HostPort | None = HostPort("127.0.0.1", 10249)
 
@@ -140,6 +150,11 @@ def nodeSettings(config: Config) -> NodeSettings:
         allowed=config.frontendAllow,
         denied=config.frontendDeny,
     )
+
+
+def conntrackSettings(config: Config) -> tuple[Any, ...]:
+    """What a configuration says in section ``[conntrack]``, in the order of its keys."""
+    return tuple(getattr(config, key.attribute) for key in schema()["conntrack"])
 
 
 class Key(Struct, frozen=True):
@@ -200,6 +215,16 @@ def schema(writers: Iterable[str] = (), policies: Iterable[str] = ()) -> dict[st
             Key("access-log", "accessLog", PATH),
         ),
         "balance": (Key("policy", "policy", oneOf(policies)),),
+        "conntrack": (
+            Key("sysctls", "conntrackSysctls", oneOf(("auto", "on", "off"))),
+            Key("max-per-core", "conntrackMaxPerCore", COUNT),
+            Key("min", "conntrackMin", COUNT),
+            Key("tcp-established-timeout", "conntrackTcpEstablished", TIMEOUT),
+            Key("tcp-close-wait-timeout", "conntrackTcpCloseWait", TIMEOUT),
+            Key("udp-timeout", "conntrackUdp", TIMEOUT),
+            Key("udp-stream-timeout", "conntrackUdpStream", TIMEOUT),
+            Key("tcp-be-liberal", "conntrackTcpBeLiberal", SWITCH),
+        ),
         "health": (Key("bind", "healthBind", BIND),),
         "metrics": (Key("bind", "metricsBind", BIND),),
     }

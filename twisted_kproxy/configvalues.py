@@ -15,6 +15,8 @@ from urllib.parse import urlsplit
 from msgspec import Struct
 
 LONGEST = 86400.0
+LONGEST_TIMEOUT = 8760 * 3600
+LARGEST_COUNT = 2**31 - 1
 _UNITS = {"ms": 1, "s": 1000, "m": 60_000, "h": 3_600_000}
 _DURATION = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)(ms|s|m|h)")
 #: RFC 1123 subdomain, as the API server demands of a Node's name.
@@ -110,6 +112,23 @@ def readDurations(text: str) -> tuple[float, ...]:
     if len(parts) > 16:
         raise ValueError("must hold at most 16 durations")
     return tuple(readPositiveDuration(part) for part in parts)
+
+
+def readTimeout(text: str) -> int:
+    """Whole seconds of a duration; 0, or nothing, is 0: leave it as it is."""
+    if not text:
+        return 0
+    seconds = _milliseconds(text) / 1000
+    if seconds != int(seconds) or seconds > LONGEST_TIMEOUT:
+        raise ValueError("must be whole seconds, at most 8760h, such as 90s or 24h; empty to leave it as it is")
+    return int(seconds)
+
+
+def readCount(text: str) -> int:
+    """A number; 0 leaves things as they are."""
+    if not re.fullmatch(r"[0-9]{1,10}", text) or int(text) > LARGEST_COUNT:
+        raise ValueError(f"must be a number from 0 to {LARGEST_COUNT}; 0 to leave it as it is")
+    return int(text)
 
 
 def readCIDRs(text: str) -> tuple[str, ...]:
@@ -271,6 +290,8 @@ def masked(text: str) -> str:
 
 DURATION = Value(readDuration, writeDuration)
 POSITIVE_DURATION = Value(readPositiveDuration, writeDuration)
+TIMEOUT = Value(readTimeout, lambda seconds: writeDuration(seconds) if seconds else "")
+COUNT = Value(readCount)
 DURATIONS = Value(readDurations, lambda values: " ".join(writeDuration(value) for value in values))
 CIDRS = Value(readCIDRs, ", ".join)
 NETWORKS = Value(readNetworks, ", ".join)

@@ -85,7 +85,8 @@ class IChannel(Interface):
 class ISource(IService):
     """
     Says what exists. Once started it says ``Replaced`` once for each of its kinds, then one word per change, until
-    it is stopped. Losing contact says nothing: what was said last stays true.
+    it is stopped. Losing contact says nothing: what was said last stays true. An object that it calls rejected it has
+    logged, once for each reason.
     """
 
     name: str = Attribute("the NAME of its ``[source:NAME]`` section")
@@ -245,13 +246,16 @@ class IRelay(Interface):
         Take over two connected non-blocking sockets; the relay closes both, and sees to it that keepalive probes find
         a backend that has vanished.
 
-        :param early: what was already read from the client, to be sent first.
+        :param early: what was already read from the client, to be sent first; at most 64 KiB.
         :param ended: called once, when both are closed; perhaps before this returns.
         :return: what resets both sides, at once or soon; harmless when they are closed.
         """
 
     def stop() -> Deferred[None]:
         """Let go of everything: what is still open is reset. Fires when processes and threads have ended."""
+
+    def status() -> Mapping[str, Any]:
+        """JSON-able: ``{engine, active, …}``."""
 
 
 class IProxier(Interface):

@@ -52,7 +52,7 @@ class _RedactingFile:
         self._file = file
 
     def write(self, text: str) -> None:
-        self._file.write(redacted(text))
+        self._file.write("\n".join(_visible(line, "\t") for line in redacted(text).split("\n")))
 
     def flush(self) -> None:
         self._file.flush()
@@ -118,10 +118,10 @@ def journalLines(event: LogEvent) -> str:
     return "".join(f"{head}{line}\n" for line in lines)
 
 
-def _visible(text: str) -> str:
+def _visible(text: str, kept: str = "") -> str:
     if text.isprintable():
         return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+    return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 @implementer(ILogObserver)

@@ -45,6 +45,7 @@ from .core.values import (
 from .core.wire import CHANGE_TRIGGER_ANNOTATION, EndpointSlice
 from .interfaces import IChannel, ISource, ITrafficObserver, IUpdateListener
 from .traffic import TrafficCounters
+from .upkeep import Upkeep
 
 #: 1 ms to 16 s, doubling.
 SYNC_BUCKETS = tuple(0.001 * 2**k for k in range(15))
@@ -133,6 +134,7 @@ class Metrics:
         self.registry = CollectorRegistry() if registry is None else registry
         self._families = tuple(families)
         self._wallClock = wallClock
+        self.upkeep = Upkeep(self.registry)
         self._traffic = TrafficCounters(maxServicePorts)
         self._noLocal: dict[tuple[Family, str], set[ServicePortName]] = {
             (family, policy): set() for family in FAMILIES for policy in ("internal", "external")

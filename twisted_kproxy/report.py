@@ -41,6 +41,7 @@ class Report:
     :param about: facts that do not change: version, node name, mode.
     :param dataplane: gives the dataplane, ``None`` before there is one; the same for ``syncer``.
     :param failing: says which of some endpoints of a service port have failed and not answered since.
+    :param relay: what carries the bytes of connections says of itself.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Report:
         dataplane: Callable[[], IDataplane | None],
         syncer: Callable[[], _Syncer | None],
         failing: Callable[[ServicePortName, tuple[Endpoint, ...]], Mapping[str, Any]],
+        relay: Callable[[], Mapping[str, Any]],
     ) -> None:
         self._about = about
         self._cluster = cluster
@@ -60,6 +62,7 @@ class Report:
         self._dataplane = dataplane
         self._syncer = syncer
         self._failing = failing
+        self._relay = relay
 
     def parts(self) -> dict[str, Callable[[], Any]]:
         """Name on the page → what makes it."""
@@ -72,6 +75,7 @@ class Report:
             "quarantined": self._cluster.quarantined,
             "problems": self.problems,
             "dataplane": self.dataplane,
+            "relay": self._relay,
         }
 
     def sync(self) -> dict[str, Any]:

@@ -18,62 +18,50 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from . import __version__, plugin
+from .assembly import Carriers, makeSources, writersOf
 from .balance.balancer import LoadBalancer
 from .balance.failures import EndpointFailures
 from .broadcast import Broadcast
 from .cluster import Cluster
-from .config import Config, effective, nodeSettings
+from .config import Config, conntrackSettings, effective, nodeSettings
 from .core.changes import Update
-from .core.values import Family, PoolName
+from .core.values import Family
+from .explainer import Explainer
 from .interfaces import (
     IBalancingPolicy,
     IDataplane,
     IEventRecorder,
-    ILoadBalancer,
     IPolicyMaker,
-    IProxier,
-    IRelay,
     IRuleWriter,
     ISource,
-    ISourceMaker,
     ISyncObserver,
-    ITrafficObserver,
     IWriterMaker,
     KproxyError,
-    NotAvailable,
 )
 from .metrics import LoopLag, Metrics
 from .netfilter.addresswatch import AddressWatch
 from .netfilter.choose import chooseWriter, removeLeftovers
 from .netfilter.claim import NamespaceClaim
 from .netfilter.conntrack import Flows
-from .netfilter.node import primaryAddress
+from .netfilter.node import ownAddresses, primaryAddress, sourceTowards
 from .netfilter.plane import RulePlane
+from .netfilter.sysctls import KernelSettings, Wishes, nodePortsOf, warnOfLocalPorts
 from .process import catchSignals, exitStatus
 from .redaction import redactedValue
 from .report import Report
 from .sources.events import NoEvents
 from .syncer import Syncer
 from .systemd import Notifier
-from .userspace.accesslog import AccessLog
 from .userspace.dataplane import UserspaceDataplane
-from .userspace.dial import Dialer
-from .userspace.engines.choose import makeRelay
-from .userspace.engines.poller import Poller
-from .userspace.ports import Budget, PortRange, raiseLimit
-from .userspace.tcp import TcpProxier
-from .userspace.udp import UdpProxier
+from .userspace.ports import PortRange
+from .web.healthcheck import HealthChecks
 from .web.site import Listener, makeSite
-from .web.status import HealthState, healthPages, metricsPages, tree
+from .web.status import HealthState, explainPage, healthPages, metricsPages, tree
 
-#: in order of preference; others are chosen by name only
-AUTOMATIC_WRITERS = ("nftables", "python-iptables", "iptables")
 #: an update that is out for longer means that the daemon is stuck: the watchdog is no longer fed
 STUCK_SECONDS = 120.0
 #: of the garbage collector: connections make many objects, and none that only it would find
 GC_THRESHOLDS = (50_000, 20, 50)
-#: of the file descriptors for connections, what UDP flows may take
-UDP_SHARE = 0.5
 
 
 @implementer(ISyncObserver)
@@ -143,24 +131,19 @@ class ProxyServer(MultiService):
         self.cluster.nodesListed = self._nodesListed
         self._makeSources()
         self.dataplane: IDataplane | None = None
+        self.checks: HealthChecks | None = None
+        self._kernel = KernelSettings(Wishes(*conntrackSettings(config)))
         self.syncer: Syncer | None = None
         self._starting: Deferred[None] | None = None
         self._leftovers: Deferred[Any] | None = None
-        self._relay: IRelay | None = None
-        self._accessLog = AccessLog(reactor, config.accessLog) if config.accessLog else None
+        self._carriers: Carriers | None = None
+        self._rules: RulePlane | None = None
         self._makePages()
 
     # --- making
 
     def _makeSources(self) -> None:
-        config = self._config
-        channel = self.metrics.counting(self.cluster)
-        for options in config.sources:
-            maker = plugin.find(ISourceMaker, options.type)
-            source: ISource = maker.make(
-                self._reactor, options.name, options, channel,
-                nodeName=config.nodeName, proxyName=config.proxyName,
-            )
+        for source in makeSources(self._reactor, self._config, self.metrics.counting(self.cluster)):
             self.cluster.expect(source.name, source.kinds)
             self.sources.append(source)
         #: of the first source that has somebody to tell
@@ -170,14 +153,14 @@ class ProxyServer(MultiService):
         self.metrics.watchSources(lambda: self.sources)
         self.metrics.watchProblems(self.cluster.problems)
         self.metrics.watchRefused(self.cluster.refused)
-        self.metrics.watchQuarantined(self.cluster.quarantined)
+        self.metrics.watchQuarantined(self._quarantined)
 
     def _makePages(self) -> None:
         config = self._config
         about = {"version": __version__, "node": config.nodeName, "mode": config.mode, "policy": config.policy}
         report = Report(
             about, self.cluster, lambda: self.sources, self.balancer, lambda: self.dataplane, lambda: self.syncer,
-            self.failures.status,
+            self.failures.status, lambda: self._carriers.status() if self._carriers is not None else {},
         )
         health = healthPages(self.health.health, self.metrics.healthAnswered)
         pages = {
@@ -186,8 +169,9 @@ class ProxyServer(MultiService):
                 self.metrics.exposition,
                 lambda: config.mode,
                 lambda: redactedValue(effective(config)),
-                report.parts(),
+                {**report.parts(), "healthChecks": lambda: self.checks.status() if self.checks else {}},
             ),
+            **explainPage(self._makeExplainer(report).answer),
         }
         for what, bind, content in (("health", config.healthBind, health), ("metrics", config.metricsBind, pages)):
             if bind is not None:
@@ -196,47 +180,34 @@ class ProxyServer(MultiService):
         LoopLag(self._reactor, self.metrics.observeLag).setServiceParent(self)  # type: ignore[no-untyped-call]
         self.notifier.setServiceParent(self)  # type: ignore[no-untyped-call]
 
-    async def _chooseWriter(self) -> IRuleWriter:
-        wanted = self._config.writer
-        names = AUTOMATIC_WRITERS if wanted == "auto" else (wanted,)
-        candidates = []
-        for name in names:
-            maker = plugin.find(IWriterMaker, name)
-            candidates.append((name, lambda maker=maker: maker.make(self._reactor)))
-        return await chooseWriter(candidates)
+    def _makeExplainer(self, report: Report) -> Explainer:
+        config = self._config
+        return Explainer(
+            self.cluster,
+            applied=lambda: self.syncer.applied if self.syncer is not None else None,
+            sync=report.sync,
+            boundTo=self.balancer.boundTo,
+            failing=self.failures.status,
+            dataplane=report.dataplane,
+            addresses=ownAddresses,
+            sourceTowards=sourceTowards,
+            userspace=config.mode == "userspace",
+            masqueradeAll=config.masqueradeAll,
+        )
 
-    def _makeDataplane(self, writer: IRuleWriter) -> IDataplane:
+    async def _chooseWriter(self) -> IRuleWriter:
+        return await chooseWriter(writersOf(self._reactor, self._config))
+
+    def _makeDataplane(self, writer: IRuleWriter, carriers: Carriers) -> IDataplane:
         config, reactor = self._config, self._reactor
-        rules = RulePlane(
-            reactor, writer, flows=Flows(reactor), changedOutside=self._changedOutside,
+        rules = self._rules = RulePlane(
+            reactor, writer, flows=Flows(reactor, observe=self.metrics.upkeep.looked),
+            changedOutside=self._changedOutside,
             claim=NamespaceClaim() if writer.place != "nowhere" else None,
         )
-        self.metrics.watchQuarantined(
-            lambda: [
-                *self.cluster.quarantined(),
-                *({"kind": "ServicePort", "key": name, "reason": why} for name, why in rules.quarantined().items()),
-            ]
-        )
-        raiseLimit()
-        budget = Budget(reactor)
-        forFlows = budget.share(UDP_SHARE)
-        poller = Poller(reactor)
-        dialer = Dialer(reactor, poller)
-        relay = self._relay = makeRelay(reactor, poller, config.engine, config.nativeThread, config.workers)
-
-        def makeTcp(reactor: Any, pool: PoolName, balancer: ILoadBalancer, observer: ITrafficObserver) -> IProxier:
-            return TcpProxier(
-                reactor, pool, balancer, observer,
-                relay=relay, dialer=dialer, budget=budget, connectTimeouts=config.connectTimeouts,
-                accessLog=self._accessLog,
-            )
-
-        def makeUdp(reactor: Any, pool: PoolName, balancer: ILoadBalancer, observer: ITrafficObserver) -> IProxier:
-            return UdpProxier(reactor, pool, balancer, observer, idleTimeout=config.udpIdleTimeout, budget=forFlows)
-
         return UserspaceDataplane(
             reactor, self.balancer, rules,
-            makeTcp=makeTcp, makeUdp=makeUdp, addressOf=primaryAddress, observer=self.failures,
+            makeTcp=carriers.makeTcp, makeUdp=carriers.makeUdp, addressOf=primaryAddress, observer=self.failures,
             ports=PortRange(*(config.portRange or (0, 0))),
         )
 
@@ -255,13 +226,22 @@ class ProxyServer(MultiService):
     async def _start(self) -> None:
         config = self._config
         writer = await self._chooseWriter()
-        dataplane = self._makeDataplane(writer)
+        carriers = self._carriers = Carriers(self._reactor, config)
+        dataplane = self._makeDataplane(writer, carriers)
         await dataplane.start()
         self.dataplane = dataplane
         if self._stopping:
             return
+        if writer.place != "nowhere":
+            self._kernel.apply()
+        self.checks = HealthChecks(
+            self._reactor, config.nodeName, lambda: self.health.health().healthy, self.events,
+            budget=carriers.budget, answered=self.metrics.upkeep.answered,
+        )
+        self.metrics.upkeep.watchPorts(self.checks.counts)
+        self.checks.setServiceParent(self)  # type: ignore[no-untyped-call]
         observer = _Observer(self.health, self.metrics, self.notifier, lambda: self._inForce(writer))
-        listeners = Broadcast([self.metrics, self.balancer, dataplane])
+        listeners = Broadcast([self.metrics, self.balancer, dataplane, self.checks])
         self.syncer = Syncer(
             self._reactor, self.cluster, listeners, observer,
             minPeriod=config.minSyncPeriod, fullPeriod=config.syncPeriod,
@@ -285,6 +265,8 @@ class ProxyServer(MultiService):
             self.log.info("Stopping; open connections may go on for up to {seconds:g} s", seconds=seconds)
         self.notifier.stopping()
         self.health.stopping()
+        if self.checks is not None:
+            self.checks.stopping()
         self.addresses.stopService()
         for source in self.sources:
             await maybeDeferred(source.disownServiceParent)
@@ -299,10 +281,8 @@ class ProxyServer(MultiService):
                 await self.dataplane.stop(0 if self._cutting else seconds)
             except Exception:
                 self.log.failure("Stopping the dataplane failed; --cleanup removes what it may have left")
-        if self._relay is not None:
-            await maybeDeferred(self._relay.stop)
-        if self._accessLog is not None:
-            await self._accessLog.close()
+        if self._carriers is not None:
+            await self._carriers.stop()
         await maybeDeferred(super().stopService)
         self.log.info("Stopped")
 
@@ -343,6 +323,9 @@ class ProxyServer(MultiService):
         """
         gc.freeze()
         gc.set_threshold(*GC_THRESHOLDS)
+        if active.place != "nowhere":
+            self._kernel.apply()  # the first rules make the kernel track connections, where it did not yet
+            warnOfLocalPorts(nodePortsOf(self.cluster.latest))
         makers = [plugin.find(IWriterMaker, name) for name in plugin.names(IWriterMaker)]
         others = [(maker.name, lambda maker=maker: maker.make(self._reactor)) for maker in makers]
         self._leftovers = removeLeftovers(active, others)
@@ -364,6 +347,14 @@ class ProxyServer(MultiService):
             )
             self.health.nodeChanged(None)
 
+    def _quarantined(self) -> list[dict[str, str]]:
+        """What is not in force as it is wanted: objects that cannot be read, service ports that have no rules."""
+        ports = self._rules.quarantined() if self._rules is not None else {}
+        return [
+            *self.cluster.quarantined(),
+            *({"kind": "ServicePort", "key": name, "reason": why} for name, why in ports.items()),
+        ]
+
     def _alive(self) -> bool:
         return self.syncer is None or self.syncer.outFor < STUCK_SECONDS
 
@@ -375,38 +366,3 @@ def makeProxyServer(reactor: Any, config: Config, environ: Mapping[str, str] = o
     :raise KproxyError: see :class:`ProxyServer`.
     """
     return ProxyServer(reactor, config, environ)
-
-
-async def _cleanup(reactor: Any) -> list[str]:
-    said: list[str] = []
-    faults: list[str] = []
-    for name in plugin.names(IWriterMaker):
-        if name == "none":
-            continue
-        try:
-            writer: IRuleWriter = plugin.find(IWriterMaker, name).make(reactor)
-        except NotAvailable as error:
-            said.append(f"{name}: {error}")
-            continue
-        try:
-            await writer.probe()
-            said.append(f"{name}: {'rules removed' if await writer.cleanup() else 'nothing to remove'}")
-        except NotAvailable as error:
-            said.append(f"{name}: cannot have left anything here ({error})")
-        except KproxyError as error:
-            faults.append(f"{name}: {error}")
-        finally:
-            await writer.close()
-    if faults:
-        raise KproxyError("\n".join(faults + said))
-    return said
-
-
-def cleanup(reactor: Any) -> Deferred[list[str]]:
-    """
-    Remove every rule of ours, of every writer, and nothing else.
-
-    :return: fires with a line for each writer; fails with :class:`~twisted_kproxy.interfaces.KproxyError` where rules
-        could not be removed.
-    """
-    return Deferred.fromCoroutine(_cleanup(reactor))

@@ -1,8 +1,8 @@
 """
 ``twistd kproxy``: the command line, and the way from it to a running service.
 
-Anything but a run is over before :program:`twistd` starts anything: ``--check``, ``--cleanup`` and ``--version`` leave
-while the options are read, as a faulty configuration does.
+Anything but a run is over before :program:`twistd` starts anything: ``--check``, ``--plan``, ``--cleanup`` and
+``--version`` leave while the options are read, as a faulty configuration does.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ class Options(usage.Options):
     ]
     optFlags = [
         ["check", None, "Judge the configuration and the files it names, show what is in force, and exit with 0 or 1."],
+        ["plan", None, "Show what a run would do, and what differs in the kernel; change nothing; exit with 0 or 1."],
         ["cleanup", None, "Remove every rule of kproxy from this node's kernel, and exit with 0 or 1."],
     ]
     compData = usage.Completions(optActions={"config": usage.CompleteFiles("*.ini")})  # type: ignore[no-untyped-call]
@@ -57,8 +58,9 @@ class Options(usage.Options):
     def postOptions(self) -> None:
         # Before anything imports a reactor: twistd --reactor has had its say by now.
         installIfFree()
-        if self["check"] and self["cleanup"]:
-            raise usage.UsageError("--check and --cleanup exclude each other")
+        chosen = [f"--{it}" for it in ("check", "plan", "cleanup") if self[it]]
+        if len(chosen) > 1:
+            raise usage.UsageError(f"{' and '.join(chosen)} exclude each other")
         if self["cleanup"]:
             raise SystemExit(runCleanup())
         try:
@@ -69,6 +71,8 @@ class Options(usage.Options):
             raise SystemExit(1) from None
         if self["check"]:
             raise SystemExit(check(self.loaded))
+        if self["plan"]:
+            raise SystemExit(runPlan(self.loaded))
 
 
 def readConfig(path: str) -> Config:
@@ -135,24 +139,54 @@ def runCleanup(
     if not (_mayWriteRules() if mayWrite is None else mayWrite):
         _print("kproxy: cleanup needs root, or the capability CAP_NET_ADMIN: try again with sudo", sys.stderr)
         return 1
-    if reactor is None:
-        from twisted.internet import reactor
     if cleanup is None:
-        from .server import cleanup as removeAll
+        from .assembly import cleanup as removeAll
 
         cleanup = removeAll
+    return _runUntilDone("cleanup", cleanup, reactor, "There was nothing of kproxy to remove.")
+
+
+def runPlan(
+    config: Config,
+    reactor: Any = None,
+    plan: Callable[[Any, Config, bool], Deferred[list[str]]] | None = None,
+    mayRead: bool | None = None,
+) -> int:
+    """
+    Run a reactor for as long as it takes to find out what a run would do; print that.
+
+    :param mayRead: the kernel's rules can be read; they need the right to write them.
+    :return: the exit code.
+    """
+    if plan is None:
+        from .plan import plan as planned
+
+        plan = planned
+    ask, may = plan, _mayWriteRules() if mayRead is None else mayRead
+    return _runUntilDone("plan", lambda reactor: ask(reactor, config, may), reactor)
+
+
+def _runUntilDone(what: str, work: Callable[[Any], Deferred[list[str]]], reactor: Any, nothing: str = "") -> int:
+    """
+    Run a reactor until that is done, and print the lines that come of it.
+
+    :param nothing: to be printed where there are none.
+    :return: the exit code.
+    """
+    if reactor is None:
+        from twisted.internet import reactor
     useMonotonicClock(reactor)
     result: list[int] = []
 
     def done(lines: list[str]) -> None:
-        _print("\n".join(lines) if lines else "There was nothing of kproxy to remove.")
+        _print(logs.redacted("\n".join(lines)) if lines else nothing)
         result.append(0)
 
     def failed(failure: Failure) -> None:
-        what = failure.getErrorMessage()
+        words = failure.getErrorMessage()
         if failure.check(KproxyError) is None:  # type: ignore[no-untyped-call]
-            what = f"{failure.type.__name__}: {what}" if failure.type else what
-        _print(f"kproxy: cleanup failed: {logs.redacted(what)}", sys.stderr)
+            words = f"{failure.type.__name__}: {words}" if failure.type else words
+        _print(f"kproxy: {what} failed: {logs.redacted(words)}", sys.stderr)
         result.append(1)
 
     def stop(_: object) -> None:
@@ -160,12 +194,12 @@ def runCleanup(
             reactor.stop()
 
     def start() -> None:
-        maybeDeferred(cleanup, reactor).addCallbacks(done, failed).addBoth(stop)
+        maybeDeferred(work, reactor).addCallbacks(done, failed).addBoth(stop)
 
     reactor.callWhenRunning(start)
     reactor.run()
     if not result:
-        _print("kproxy: cleanup was interrupted; run it again", sys.stderr)
+        _print(f"kproxy: {what} was interrupted; run it again", sys.stderr)
     return result[0] if result else 1
 
 

@@ -18,6 +18,7 @@ from twisted_kproxy.core.rules import Rule, Ruleset, Target
 from twisted_kproxy.core.values import FAMILIES, Family, FrontendKey
 from twisted_kproxy.netfilter.conntrack import Flows, FlowsRemain
 from twisted_kproxy.netfilter.nftables import NftablesWriter
+from twisted_kproxy.netfilter.node import Localness
 from twisted_kproxy.netfilter.tool import Tool, find
 
 SOCKETS = {"IPv4": socket.AF_INET, "IPv6": socket.AF_INET6}
@@ -215,6 +216,99 @@ class ManyFlowsTests(TestCase):
         self.assertEqual(await self.flows.forget(stale), 50)
         self.assertEqual(self.count("-r", "192.0.2.2"), 50)
         self.assertEqual(self.count("-r", "192.0.2.3"), 0)
+
+
+class ReconcileTests(TestCase):
+    """A look at all flows of a namespace."""
+
+    timeout = 120
+
+    def setUp(self) -> None:
+        if not canMakeNamespaces():
+            raise SkipTest("this needs root and iproute2")
+        self.space = Namespace("look")
+        self.addCleanup(self.space.delete)
+        chain = "chain c { type filter hook output priority 0; ct state new accept; }"
+        self.space.run("nft", "-f", "-", stdin=f"table inet x {{ {chain}; }}")
+        self.seen: list[tuple[Family, int]] = []
+        self.flows = Flows(
+            reactor, openSocket=self.space.socket, observe=lambda family, _s, count: self.seen.append((family, count))
+        )
+
+    def left(self) -> set[str]:
+        """The clients whose flows are there."""
+        found = set()
+        for family in ("ipv4", "ipv6"):
+            for line in self.space.run("conntrack", "-L", "-f", family).splitlines():
+                found.add(line.split("src=")[1].split()[0])
+        return found
+
+    async def test_who(self) -> None:
+        """
+        What goes: flows to a frontend that are led elsewhere, or nowhere; to one without endpoints; from where nothing
+        leads to a socket of ours any more. What stays: those led right, of other services, of other protocols, and to
+        the number of a node port elsewhere.
+        """
+        self.space.run("sysctl", "-qw", "net.ipv4.ip_nonlocal_bind=1")  # as on nodes whose addresses move
+        here, gone, pod = ("192.0.2.2", 40002), ("192.0.2.2", 40009), ("10.244.0.7", 53)
+        planted = {
+            "10.1.0.1": ("10.96.0.10", 53, *here),
+            "10.1.0.2": ("10.96.0.10", 53, *gone),
+            "10.1.0.3": ("10.96.0.10", 53, "10.96.0.10", 53),
+            "10.1.0.4": ("10.96.0.11", 53, *here),
+            "10.1.0.5": ("10.96.0.12", 53, *gone),
+            "10.1.0.6": ("10.96.0.12", 53, *pod),
+            "10.1.0.7": ("10.96.0.10", 54, *pod),
+            "10.1.0.8": ("127.0.0.1", 30053, *gone),
+            "10.1.0.9": ("203.0.113.77", 30053, "203.0.113.77", 30053),
+            "10.1.0.10": ("203.0.113.77", 30054, *here),
+            "10.1.0.11": ("224.0.0.251", 30053, "224.0.0.251", 30053),
+            "fd01::1": ("fd00:10:96::10", 53, "2001:db8::2", 40002),
+            "fd01::2": ("fd00:10:96::10", 53, "2001:db8::2", 40009),
+        }
+        count = plant(self.space.socket, ((client, 5000, *it) for client, it in planted.items()))
+        self.assertEqual(count, len(planted))
+        tcp = ["-p", "tcp", "-s", "10.1.0.20", "-d", "10.96.0.10", "--sport", "1", "--dport", "53", "--state"]
+        self.space.run("conntrack", "-I", *tcp, "ESTABLISHED", "-t", "100")
+        led = {
+            key("10.96.0.10", 53, "UDP"): frozenset({Target(*here)}),
+            key("10.96.0.11", 53, "UDP"): frozenset[Target](),
+            key("", 30053, "UDP"): frozenset({Target(*here)}),
+            key("fd00:10:96::10", 53, "UDP"): frozenset({Target("2001:db8::2", 40002)}),
+            key("10.96.0.10", 53, "TCP"): frozenset[Target](),
+        }
+        goes = {f"10.1.0.{n}" for n in (2, 3, 4, 5, 8, 10)} | {"fd01::2"}
+        self.assertEqual(await self.flows.reconcile(led, [Target(*here), Target(*gone)]), len(goes))
+        self.assertEqual(self.left(), ({*planted} - goes) | {"10.1.0.20"})
+        self.assertEqual(self.seen, [("IPv4", 6), ("IPv6", 1)])
+        self.assertEqual(await self.flows.reconcile(led, [Target(*here), Target(*gone)]), 0)
+
+    async def test_refused(self) -> None:
+        """Where the kernel does not let us look, that is said."""
+
+        def refused(*arguments: int) -> socket.socket:
+            raise PermissionError(1, "Operation not permitted")
+
+        flows = Flows(reactor, openSocket=refused)
+        with self.assertRaises(FlowsRemain):
+            await flows.reconcile({key("10.96.0.10", 53, "UDP"): frozenset()})
+
+    def test_localness(self) -> None:
+        """Which addresses are this node's: as the kernel's routes have it, broadcast and multicast not among them."""
+        for line in (
+            "link add eth0 type veth peer name eth1", "link set eth1 up", "link set eth0 up",
+            "addr add 192.0.2.2/24 dev eth0", "-6 addr add 2001:db8::2/64 dev eth0 nodad",
+            "-6 addr add fe80::77/64 dev eth0 nodad", "route add local 198.51.100.0/24 dev lo",
+        ):  # fmt: skip
+            self.space.run("ip", *line.split())
+        self.space.run("sysctl", "-qw", "net.ipv4.ip_nonlocal_bind=1", "net.ipv6.ip_nonlocal_bind=1")
+        localness = Localness(self.space.socket)
+        self.addCleanup(localness.close)
+        mine = "127.0.0.1 127.5.5.5 192.0.2.2 198.51.100.9 ::1 2001:db8::2 fe80::77"
+        others = "192.0.2.3 192.0.2.255 255.255.255.255 224.0.0.1 203.0.113.1 2001:db8::3 2001:db8:9::1 fe80::1 ff02::1"
+        for address in (*mine.split(), *others.split()):
+            packed = socket.inet_pton(socket.AF_INET6 if ":" in address else socket.AF_INET, address)
+            self.assertIs(localness.isLocal(packed), address in mine.split(), address)
 
 
 class FlowsByToolTests(FlowsTests):

@@ -154,35 +154,6 @@ class EndToEndTests(EndToEnd):
         self.assertIn({"kind": "Service", "key": "default/takesapi", "reason": reason}, problems)
         self.assertEqual(self.rig.http("n0", f"http://{address}:6443/version")[0], 200)
 
-    def test_upAndDown(self) -> None:
-        """A Service can be removed and made anew under the same name with another address; its neighbour stays."""
-        first = self.world.make("comes", "p0a")
-        other = self.world.make("stays", "p1a")
-        url = f"http://{first['spec']['clusterIP']}/"
-        self.expect("p0b", url, {"p0a"})
-        self.world.api.delete(first)
-        self.world.settle(lambda status: not any(key.startswith("default/comes:") for key in status["services"]))
-        self.assertIn("curl", self.world.curl("p0b", url, 1))
-        self.expect("p0b", f"http://{other['spec']['clusterIP']}/", {"p1a"})
-        again = self.world.make("comes", "p0a")
-        self.expect("p0b", f"http://{again['spec']['clusterIP']}/", {"p0a"})
-
-    def test_affinity(self) -> None:
-        """ClientIP affinity: one client, one endpoint, by its own address although rules lead it to a socket."""
-        it = self.world.make(
-            "sticky", "p0a", "p1a", sessionAffinity="ClientIP",
-            sessionAffinityConfig={"clientIP": {"timeoutSeconds": 600}},
-        )
-        url = f"http://{it['spec']['clusterIP']}/"
-        chosen = [self.world.who(place, url, 8) for place in ("p0b", "x", "p0a", "n0")]
-        self.assertEqual([len(it) for it in chosen], [1, 1, 1, 1])
-        self.assertEqual({next(iter(it)) for it in chosen}, BOTH)
-
-    def test_hairpin(self) -> None:
-        """A pod reaches itself through its Service."""
-        it = self.world.make("hairpin", "p0a")
-        self.expect("p0a", f"http://{it['spec']['clusterIP']}/", {"p0a"})
-
     def test_endpointIsAFrontend(self) -> None:
         """
         An endpoint that is the Service's own ClusterIP, or a node port that leads back to it, is no loop: the client is
@@ -238,18 +209,6 @@ class EndToEndTests(EndToEnd):
             self.expectRefused("n0", f"http://[::1]:{number}/")
         self.expect("x", f"http://{it['spec']['clusterIP']}/", {"p0a"})
 
-    def test_sctpHurtsNobody(self) -> None:
-        """An SCTP port is refused and shown; the TCP port of the same Service serves."""
-        it = self.world.make(
-            "mixed", "p0a", ports=[{"name": "http", "port": 80, "protocol": "TCP"},
-                                   {"name": "sctp", "port": 81, "protocol": "SCTP"}],
-            slicePorts=[{"name": "http", "port": PORT, "protocol": "TCP"},
-                        {"name": "sctp", "port": PORT, "protocol": "SCTP"}],
-        )
-        self.expect("p0b", f"http://{it['spec']['clusterIP']}/", {"p0a"})
-        shown = self.world.daemon.get("http://127.0.0.1:10249/status")[2].decode()
-        self.assertRegex(shown, r'"default/mixed:sctp/SCTP/IPv4":"SCTP')
-
     def test_renamedPortKeepsConnections(self) -> None:
         """Renaming a port, and changes of other Services, leave its open connections alone."""
         it = self.world.make("renamed", "p0a")
@@ -268,16 +227,6 @@ class EndToEndTests(EndToEnd):
         self.world.make("unrelated", "p1a")
         self.assertIn(b"p0a", ask())
         self.expect("p0b", f"http://{it['spec']['clusterIP']}/", {"p0a"})
-
-    def test_apiOutage(self) -> None:
-        """While the API server is away everything goes on; what changed meanwhile is found when it is back."""
-        it = self.world.make("outage", "p0a")
-        url = f"http://{it['spec']['clusterIP']}/"
-        self.world.api.fake("pause", {"seconds": 3})
-        self.expect("p0b", url, {"p0a"})
-        waitFor(self.world.api.state, 10)
-        self.world.endpoints("outage", "p1a")
-        self.expect("p0b", url, {"p1a"})
 
     def test_changesUnderLoad(self) -> None:
         """Requests through a ClusterIP while endpoints come and go: none fails."""

@@ -6,6 +6,7 @@ import fcntl
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -154,7 +155,8 @@ class ChainHardships(Hardships):
         The kernel takes one table and refuses the next one (a rule of somebody else leads to ours from a hook where
         nothing may be rewritten): what was written first is taken back, and it is said why.
         """
-        old = Ruleset({key("10.96.0.1", 80): same("reject")}, frozenset({Guard("IPv4", "TCP", 7)}), ("10.244.0.0/16",))
+        guards, locality = frozenset({Guard("IPv4", "TCP", 7)}), Locality(("10.244.0.0/16",))
+        old = Ruleset({key("10.96.0.1", 80): same("reject")}, guards, locality=locality)
         writer = await self.writerWith(old)  # type: ignore[attr-defined]
         before = self.listed()
         self.do([self.stem, "-t", "nat", "-A", "POSTROUTING", "-j", "KPROXY-PORTALS-HOST"])
@@ -169,6 +171,32 @@ class ChainHardships(Hardships):
         await writer.adopt()
         await writer.replace(new)
         self.assertEqual(await later.adopt(), new)  # type: ignore[attr-defined]
+
+    async def test_earlierVersion(self) -> None:
+        """
+        What a version without chains for ClusterIPs has left is taken over as it is; a step adds what is missing, and
+        every rule that was there keeps its counters.
+        """
+        rules = {key(f"10.99.0.{n}", 80): same("reject") for n in range(1, 9)}
+        rules[key("fd00:10:96::1", 80)] = same(to(1, "2001:db8::2"))
+        old = Ruleset(rules, locality=Locality(("10.244.0.0/16",)))
+        writer = await self.writerWith(old)  # type: ignore[attr-defined]
+        for tool in (self.stem, self.stem.replace("ip", "ip6", 1)):
+            for chain in ("KPROXY-CLUSTER-IPS", "KPROXY-NO-PORT"):
+                self.do([tool, "-X", chain])
+        self.do([self.stem, "-R", "KPROXY-REFUSE", "1", "-c", "7", "420", *self.listedRule("KPROXY-REFUSE", 1)])
+        await writer.close()
+        later = self.makeWriter()  # type: ignore[attr-defined]
+        self.assertEqual(await later.adopt(), old)  # type: ignore[attr-defined]
+        step = Delta(clusterIPsAdded=frozenset({"10.99.0.1", "fd00:10:96::1"}))
+        await later.apply(step)
+        self.assertEqual(await self.makeWriter().adopt(), applied(old, step))  # type: ignore[attr-defined]
+        first = self.do([self.stem, "-L", "KPROXY-REFUSE", "1", "-v", "-n", "-x"]).split()
+        self.assertEqual(first[:2], ["7", "420"])  # type: ignore[attr-defined]
+
+    def listedRule(self, chain: str, number: int) -> list[str]:
+        """The words of a rule, as the tool takes them."""
+        return shlex.split(self.do([self.stem, "-S", chain, str(number)]))[2:]
 
     async def isInForce(self, current: Any) -> bool:
         """Others' commands may come between the reading of two tables."""

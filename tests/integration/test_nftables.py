@@ -25,14 +25,16 @@ from tests.shared import hardships
 from tests.shared.namespaces import Namespace, canMakeNamespaces
 from tests.shared.writers import SAMPLE, KernelWriterTests, key, many, same, to
 from twisted_kproxy.core.changes import Update
-from twisted_kproxy.core.rules import Delta, Guard, Ruleset, applied, deltaBetween
-from twisted_kproxy.core.values import Endpoint, Frontend, ServiceMap, ServicePort, ServicePortName
+from twisted_kproxy.core.rules import Delta, Guard, Rule, Ruleset, applied, deltaBetween
+from twisted_kproxy.core.values import Endpoint, Frontend, Locality, ServiceMap, ServicePort, ServicePortName
 from twisted_kproxy.interfaces import RulesRejected
 from twisted_kproxy.netfilter.choose import hasLegacyRules, hasNftablesNat
 from twisted_kproxy.netfilter.netlink import Refused
 from twisted_kproxy.netfilter.nftables import NftablesWriter
+from twisted_kproxy.netfilter.nftlayout import NETWORKS
 from twisted_kproxy.netfilter.nfttext import readListing
 from twisted_kproxy.netfilter.plane import RulePlane
+from twisted_kproxy.netfilter.ruleset import canonicalNetworks
 from twisted_kproxy.netfilter.slices import Slices
 
 FOREIGN = """
@@ -53,6 +55,19 @@ table inet firewall {
 """
 
 
+#: A table as it may have been left by an earlier program.
+EARLIER = """
+table inet kproxy {
+    map service-ips4 { type ipv4_addr . inet_proto . inet_service : ipv4_addr . inet_service;
+        elements = { 10.96.0.10 . tcp . 80 : 192.0.2.2 . 40001 }; }
+    set earlier { type ipv4_addr; }
+    chain layout-2 { }
+    chain nat-prerouting {
+        type nat hook prerouting priority dstnat; policy accept;
+        meta l4proto { tcp, udp, sctp } dnat ip to ip daddr . meta l4proto . th dport map @service-ips4
+    }
+}
+"""
 #: Leaves as many rules as there were.
 EXCHANGED = "flush chain inet kproxy refuse" + "; add rule inet kproxy refuse accept" * 2
 
@@ -130,6 +145,24 @@ class NftablesWriterTests(InNamespace, hardships.Hardships, KernelWriterTests, T
             await writer.apply(delta)
             await self.assertInForce(applied(SAMPLE, delta))
 
+    async def test_otherLayout(self) -> None:
+        """A table of an earlier layout is no state of ours; it is replaced, in one transaction, by what shall be."""
+        self.namespace.run("nft", "-f", "-", stdin=EARLIER)
+        writer = self.makeWriter()
+        await writer.probe()
+        self.assertIsNone(await writer.adopt())
+        await writer.replace(SAMPLE)
+        await self.assertInForce(SAMPLE)
+        self.assertNotIn("earlier", self.namespace.run("nft", "list", "table", "inet", "kproxy"))
+
+    async def test_linksThatCannotBe(self) -> None:
+        """A name that rules cannot be made for is refused, and what is in force stays."""
+        writer = await self.writerWith(SAMPLE)
+        for locality in (Locality(insiderLinks=("a b",)), Locality(insiderLinks=('"; flush ruleset; "',))):
+            await self.assertRejected(writer.apply(Delta(locality=locality)))
+            await self.assertRejected(writer.replace(Ruleset(locality=locality)))
+        await self.assertInForce(SAMPLE)
+
     async def test_foreignStructure(self) -> None:
         """A chain that somebody else has emptied, or whose rules were exchanged, is put right."""
         for foreign in (
@@ -138,6 +171,10 @@ class NftablesWriterTests(InNamespace, hardships.Hardships, KernelWriterTests, T
             "add chain inet kproxy more",
             "add set inet kproxy more { type ipv4_addr; }",
             EXCHANGED,
+            "flush chain inet kproxy rest-prerouting",
+            'add rule inet kproxy block-prerouting iifname "eth0" accept comment "eth0"',
+            "; ".join(f"flush chain inet kproxy rest-{it}" for it in ("output", "prerouting"))
+            + "; delete set inet kproxy service-networks4",
         ):
             writer = await self.writerWith(SAMPLE)
             before = self.namespace.run("nft", "list", "table", "inet", "kproxy")
@@ -154,13 +191,28 @@ class NftablesWriterTests(InNamespace, hardships.Hardships, KernelWriterTests, T
             writer.watch(None)
 
     async def test_foreignElementIsNoticed(self) -> None:
-        """One element changed by somebody else is noticed; other tables' changes are not."""
+        """One element changed by somebody else, of whichever set, is noticed; other tables' changes are not."""
         writer = await self.writerWith(SAMPLE)
         told: list[bool] = []
         writer.watch(lambda: told.append(True))
         self.plantForeign()
         await deferLater(reactor, 0.2, lambda: None)
         self.assertEqual(told, [])
+        for foreign in (
+            "delete element inet kproxy cluster-ips6 { fd00:10:96::10 }",
+            "delete element inet kproxy restricted-ips4 { 203.0.113.6 . tcp . 443 }",
+            "add element inet kproxy allowed-sources4 { 203.0.113.6 . tcp . 443 . 192.0.2.7/32 }",
+            "flush set inet kproxy node-networks4",
+            "add element inet kproxy service-networks4 { 10.100.0.0/16 }",
+        ):
+            self.namespace.run("nft", "-f", "-", stdin=foreign)
+            await deferLater(reactor, 0.2, lambda: None)
+            self.assertEqual((foreign, told), (foreign, [True]))
+            found = await writer.adopt()
+            self.assertTrue(found is None or deltaBetween(found, SAMPLE), foreign)
+            await writer.replace(SAMPLE)
+            self.assertFalse(deltaBetween(await writer.adopt(), SAMPLE), foreign)
+            told.clear()
         self.namespace.run("nft", "delete element inet kproxy service-ips4 { 10.96.0.10 . tcp . 80 }")
         await deferLater(reactor, 0.2, lambda: None)
         self.assertEqual(told, [True])
@@ -325,7 +377,7 @@ class KernelErrorTests(InNamespace, TestCase):
         """When elements that nft has written read otherwise than meant, our own messages are not used."""
         writer = self.makeWriter()
 
-        def nothing(collected: object) -> Slices[Ruleset]:
+        def nothing(*collected: object) -> Slices[Ruleset]:
             yield
             return Ruleset()
 
@@ -354,6 +406,17 @@ DAMAGES = (
     "add element inet kproxy blocked-ips6 { fd00:10:96::10 . tcp . 80 : jump refuse }",
     "add element inet kproxy proxy-ports4 { icmp . 1 }",
     "add element inet kproxy insiders4 { 10.99.0.0/16 }",
+    "flush set inet kproxy service-networks6",
+    "delete element inet kproxy node-networks4 { 192.0.2.0/24 }; add element inet kproxy node-networks4 { 192.0.2.2 }",
+    "delete element inet kproxy restricted-ips4 { 203.0.113.6 . tcp . 443 }",
+    "add element inet kproxy restricted-ips4 { 10.96.0.10 . tcp . 80, 10.96.0.10 . dccp . 80 }",
+    "delete element inet kproxy allowed-sources6 { 2001:db8:5::6 . tcp . 443 . fd00::/8 }",
+    "delete element inet kproxy allowed-sources4 { 203.0.113.6 . tcp . 443 . 10.0.0.0/8 };"
+    " add element inet kproxy allowed-sources4 { 203.0.113.6 . tcp . 443 . 10.0.0.0-10.0.0.6 }",
+    "add element inet kproxy allowed-sources4 { 203.0.113.9 . tcp . 443-445 . 10.0.0.0/8 }",
+    "delete element inet kproxy allowed-sources4 { 203.0.113.6 . udp . 443 . 198.51.100.7/32 };"
+    " add element inet kproxy allowed-sources4 { 203.0.113.6 . udp . 443 . 198.51.100.0/24 }",
+    "delete element inet kproxy cluster-ips4 { 10.96.0.10 }; add element inet kproxy cluster-ips6 { fd00:10:96::99 }",
 )
 
 
@@ -394,7 +457,7 @@ class MendTests(InNamespace, TestCase):
             [(elements, *_rest)] = committed
             touched = sum(map(len, elements.gone.values())) + sum(map(len, elements.new.values()))
             self.assertLessEqual((damage, touched), (damage, 4))
-            self.assertTrue(set(elements.flushed) <= {"insiders4", "insiders6"}, damage)
+            self.assertTrue(set(elements.flushed) <= set(NETWORKS), damage)
 
     async def test_all(self) -> None:
         """Also all of it together."""
@@ -453,6 +516,57 @@ class MendTests(InNamespace, TestCase):
         await self.assertMended(writer)
         [(elements,)] = committed
         self.assertIn("service-ips4", elements.flushed)
+
+
+class SourcesTests(InNamespace, TestCase):
+    """Many sources."""
+
+    timeout = 120
+
+    def rule(self, *networks: str) -> Rule:
+        return same(to(40001), canonicalNetworks(networks))
+
+    async def assertInForce(self, ruleset: Ruleset) -> None:
+        for netlink in (True, False):
+            self.assertEqual(await self.makeWriter(useNetlink=netlink).adopt(), ruleset)
+
+    async def test_many(self) -> None:
+        """A frontend for thousands of networks, and thousands of frontends for one: written, changed, mended, gone."""
+        wide = [f"10.{n // 250}.{n % 250}.{8 * (n % 31)}/{29 + n % 4}" for n in range(5000)]
+        wide6 = [f"fd00:{n:x}::/{32 + n % 90}" for n in range(1000)]
+        for netlink in (True, False):
+            writer = self.makeWriter(useNetlink=netlink)
+            rules = {key(f"203.0.{n // 250}.{n % 250}", 443): self.rule("10.0.0.0/8") for n in range(3000)}
+            rules[key("198.51.100.1", 443)] = self.rule(*wide)
+            rules[key("2001:db8:5::5", 443, "UDP")] = same("drop", canonicalNetworks(wide6))
+            ruleset = Ruleset(rules)
+            await writer.replace(ruleset)
+            await self.assertInForce(ruleset)
+            changed = {it: self.rule("10.0.0.0/9", "192.0.2.0/24") for it in [*rules][:2000]}
+            changed[key("198.51.100.1", 443)] = self.rule(*wide[:2500], "172.16.0.0/12")
+            step = Delta({**changed, key("2001:db8:5::5", 443, "UDP"): None})
+            await writer.apply(step)
+            await self.assertInForce(applied(ruleset, step))
+            await writer.apply(Delta(dict.fromkeys(rules)))
+            await self.assertInForce(Ruleset())
+
+    async def test_besideTheReactor(self) -> None:
+        """The kernel copies all sources when one changes: the reactor does not wait for that."""
+        writer = self.makeWriter()
+        await writer.replace(Ruleset())
+        calls: list[object] = []
+        real = writer._threads.run
+
+        def run(work: Any, *arguments: Any) -> Any:
+            calls.append(work)
+            return real(work, *arguments)
+
+        writer._threads.run = run  # type: ignore[method-assign,assignment]
+        where = key("203.0.113.5", 443)
+        for rule, count in ((self.rule("10.0.0.0/8"), 1), (same(to(40001)), 1), (same(to(40002)), 0), (None, 0)):
+            calls.clear()
+            await writer.apply(Delta({where: rule}))
+            self.assertEqual((rule, len(calls)), (rule, count))
 
 
 class Lateness:
@@ -558,7 +672,8 @@ class PlaneTests(InNamespace, TestCase):
         plane = RulePlane(reactor, self.makeWriter(), changedOutside=lambda: told.callback(None))
         await plane.start()
         await plane.onUpdate(Update(ServiceMap(), current))
-        expected = Ruleset({key("10.96.0.1", 80): same(to(40001))}, frozenset({Guard("IPv4", "TCP", 40001)}))
+        guards = frozenset({Guard("IPv4", "TCP", 40001)})
+        expected = Ruleset({key("10.96.0.1", 80): same(to(40001))}, guards, frozenset({"10.96.0.1"}))
         self.assertEqual(await self.makeWriter().adopt(), expected)
         self.namespace.run("nft", "flush", "ruleset")
         await told.addTimeout(2, reactor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import socket
 import threading
 import time
@@ -16,16 +17,19 @@ from tests.fakes.network import SmallRig
 from tests.shared.echo import EchoServers, ask
 from tests.shared.namespaces import canMakeNamespaces
 from tests.shared.writers import key, many, same
-from twisted_kproxy.core.rules import Guard, Rule, Ruleset, Target, Verdict, deltaBetween
-from twisted_kproxy.core.values import FAMILIES, Family, FrontendKey, Protocol
+from twisted_kproxy.core.rules import PROXY_MARK, Delta, Guard, Rule, Ruleset, Target, Verdict, deltaBetween
+from twisted_kproxy.core.values import EVERYWHERE, FAMILIES, Family, FrontendKey, Locality, Protocol
 from twisted_kproxy.netfilter.nftables import NftablesWriter
+from twisted_kproxy.netfilter.ruleset import canonicalNetworks
 
 SOCKETS = {"IPv4": socket.AF_INET, "IPv6": socket.AF_INET6}
 KINDS = {"TCP": socket.SOCK_STREAM, "UDP": socket.SOCK_DGRAM}
 CLUSTER = {"IPv4": "10.96.0.10", "IPv6": "fd00:10:96::10"}
+UNUSED = {"IPv4": "10.96.0.99", "IPv6": "fd00:10:96::99"}
 EXTERNAL = {"IPv4": "203.0.113.5", "IPv6": "2001:db8:5::5"}
 LOOPBACK = {"IPv4": "127.0.0.1", "IPv6": "::1"}
 INSIDERS = ("10.244.0.0/16", "fd00:10:244::/56")
+INSIDE = Locality(INSIDERS)
 CLIENTS = ("p0a", "x", "n0")
 EVERY: tuple[tuple[Family, Protocol], ...] = tuple((f, p) for f in FAMILIES for p in ("TCP", "UDP"))  # type: ignore[misc]
 
@@ -44,6 +48,8 @@ class TrafficTests(TestCase):
         self.rig.run("x", ["ip", "-6", "route", "add", "2001:db8:5::/64", "via", self.rig.address("n0", 6)])
         self.servers = EchoServers(lambda family, kind: self.rig.socketIn("n0", family, kind))
         self.addCleanup(self.servers.close)
+        self.held: list[socket.socket] = []
+        self.fresh = itertools.count(20000)
         self.ports: dict[tuple[Family, Protocol, str], int] = {}
         for family, protocol in EVERY:
             for name in ("cluster", "local"):
@@ -75,7 +81,7 @@ class TrafficTests(TestCase):
             for frontend in (key("", 30080, protocol, family), key(EXTERNAL[family], 443, protocol)):
                 rules[frontend] = Rule(outside=outside or local, inside=inside or outside or cluster)
         guards = frozenset(Guard(family, protocol, port) for (family, protocol, _), port in self.ports.items())
-        return Ruleset(rules, guards, INSIDERS)
+        return Ruleset(rules, guards, frozenset(CLUSTER.values()), INSIDE)
 
     def dialled(self, client: str) -> Iterator[tuple[Family, Protocol, str, int, str]]:
         """Everything that a client may dial, and who serves it."""
@@ -88,7 +94,10 @@ class TrafficTests(TestCase):
                 yield family, protocol, LOOPBACK[family], 30080, external
 
     def ask(self, client: str, family: Family, protocol: Protocol, address: str, port: int, timeout: float = 3) -> str:
-        return ask(self.rig.socketIn(client, SOCKETS[family], KINDS[protocol]), address, port, timeout)
+        it = self.rig.socketIn(client, SOCKETS[family], KINDS[protocol])
+        if protocol == "UDP":  # with the port of an earlier one it would belong to that flow, and go where that went
+            it.bind(("", next(self.fresh)))
+        return ask(it, address, port, timeout)
 
     def askAll(self, client: str, timeout: float = 3) -> dict[str, str]:
         return {
@@ -142,7 +151,7 @@ class TrafficTests(TestCase):
         """Without local endpoints outsiders are not answered; pods and the node are served by the others."""
         full = self.ruleset()
         rules = {it: Rule("drop", rule.inside) if it.port != 80 else rule for it, rule in full.rules.items()}
-        await self.writer.replace(Ruleset(rules, full.guards, INSIDERS))
+        await self.writer.replace(Ruleset(rules, full.guards, locality=INSIDE))
         for client in CLIENTS:
             for family, protocol, address, port, name in self.dialled(client):
                 answer = self.ask(client, family, protocol, address, port, 0.2 if client == "x" else 3)
@@ -154,7 +163,7 @@ class TrafficTests(TestCase):
         """The other way round: pods and the node are refused where outsiders are served."""
         full = self.ruleset()
         rules = {it: Rule(rule.outside, "reject") if it.port != 80 else rule for it, rule in full.rules.items()}
-        await self.writer.replace(Ruleset(rules, full.guards, INSIDERS))
+        await self.writer.replace(Ruleset(rules, full.guards, locality=INSIDE))
         for client in CLIENTS:
             for family, protocol, address, port, name in self.dialled(client):
                 answer = self.ask(client, family, protocol, address, port)
@@ -187,6 +196,234 @@ class TrafficTests(TestCase):
         await self.writer.replace(Ruleset(self.ruleset().rules))
         self.assertIn("cluster", self.ask("x", "IPv4", "TCP", self.address("n0", "IPv4"), self.to("IPv4", "TCP").port))
 
+    def assertAnswers(
+        self, expected: dict[str, str], family: Family, protocol: Protocol, address: str, port: int
+    ) -> None:
+        """What each client gets there: who serves it, ``refused`` or ``timeout``."""
+        found = {
+            client: self.ask(client, family, protocol, address, port, 0.15 if answer == "timeout" else 3).split()[0]
+            for client, answer in expected.items()
+        }
+        self.assertEqual((protocol, address, port, found), (protocol, address, port, expected))
+
+    async def test_sources(self) -> None:
+        """A frontend that is for some sources drops what all others send, inside, outside and the node itself."""
+        full = self.ruleset()
+        served = {client: "local" if client == "x" else "cluster" for client in CLIENTS}
+        await self.writer.replace(full)
+        for members in (("x",), ("p0a",), ("n0",), ("p0a", "x"), CLIENTS, ()):
+            rules = {}
+            for it, rule in full.rules.items():
+                some = canonicalNetworks(self.address(client, it.family) for client in members)
+                rules[it] = Rule(rule.outside, rule.inside, some) if it.address == EXTERNAL[it.family] else rule
+            now = await self.writer.adopt()
+            await self.writer.apply(deltaBetween(now, Ruleset(rules, full.guards, full.clusterIPs, INSIDE)))
+            expected = {client: served[client] if client in members else "timeout" for client in CLIENTS}
+            for family, protocol in EVERY:
+                self.assertAnswers(expected, family, protocol, EXTERNAL[family], 443)
+                self.assertAnswers(served, family, protocol, self.address("n0", family), 30080)
+
+    async def test_sourcesOfNetworks(self) -> None:
+        """Networks of all sizes; for one protocol and one port they say nothing of the others."""
+        full = self.ruleset()
+        everybody = {"p0a": "cluster", "x": "cluster", "n0": "cluster"}
+        for networks, members in (
+            ({"IPv4": ("10.244.0.0/16",), "IPv6": ("fd00:10:244::/56",)}, ("p0a",)),
+            ({"IPv4": ("192.0.2.4/31",), "IPv6": ("2001:db8:2::4/127",)}, ("x",)),
+            ({"IPv4": ("0.0.0.0/5", "192.0.0.0/3"), "IPv6": ("::/2",)}, ("x", "n0")),
+            ({"IPv4": ("0.0.0.0/0",), "IPv6": ("::/0",)}, CLIENTS),
+        ):
+            rules: dict[FrontendKey, Rule] = {}
+            for family, protocol in EVERY:
+                to = self.to(family, protocol)
+                rules[key(EXTERNAL[family], 443, protocol)] = same(to, networks[family])
+                rules[key(EXTERNAL[family], 444, protocol)] = same(to)
+                rules[key(CLUSTER[family], 443, protocol)] = same(to)
+            rules[key(EXTERNAL["IPv4"], 443, "UDP")] = same(self.to("IPv4", "UDP"))
+            await self.writer.replace(Ruleset(rules, full.guards, locality=INSIDE))
+            expected = {client: "cluster" if client in members else "timeout" for client in CLIENTS}
+            for family, protocol in EVERY:
+                restricted = (family, protocol) != ("IPv4", "UDP")
+                self.assertAnswers(expected if restricted else everybody, family, protocol, EXTERNAL[family], 443)
+                self.assertAnswers(everybody, family, protocol, EXTERNAL[family], 444)
+                self.assertAnswers(everybody, family, protocol, CLUSTER[family], 443)
+
+    async def test_sourcesOfRefused(self) -> None:
+        """Where nobody serves, those whom the frontend is for are refused; others hear nothing."""
+        rules: dict[FrontendKey, Rule] = {}
+        for family, protocol in EVERY:
+            sources = canonicalNetworks([self.address("x", family)])
+            rules[key(EXTERNAL[family], 443, protocol)] = same("reject", sources)
+        await self.writer.replace(Ruleset(rules, locality=INSIDE))
+        for family, protocol in EVERY:
+            expected = {"x": "refused", "p0a": "timeout", "n0": "timeout"}
+            self.assertAnswers(expected, family, protocol, EXTERNAL[family], 443)
+
+    async def test_unknownPorts(self) -> None:
+        """What is sent to a Service's address, and belongs to no frontend, is refused: any port, and echo requests."""
+        await self.writer.replace(self.ruleset())
+        refused = dict.fromkeys(CLIENTS, "refused")
+        for forwarding in (1, 0):
+            for family, protocol in EVERY:
+                self.assertAnswers(refused, family, protocol, CLUSTER[family], 81)
+                if forwarding:
+                    self.assertAnswers(dict.fromkeys(CLIENTS, "cluster"), family, protocol, CLUSTER[family], 80)
+            for family in FAMILIES:
+                found = {client: self.ping(client, family, CLUSTER[family]) for client in CLIENTS}
+                self.assertEqual((family, found), (family, refused))
+                self.assertEqual(self.ping("x", family, self.address("n0", family)), "answered")
+            self.rig.run("n0", ["sysctl", "-qw", "net.ipv4.ip_forward=0", "net.ipv6.conf.all.forwarding=0"])
+
+    async def test_unknownPortsOfTheNode(self) -> None:
+        """The same where the node has that address: its own servers are not reached by it."""
+        self.rig.run("n0", ["ip", "addr", "add", f"{CLUSTER['IPv4']}/32", "dev", "lo"])
+        self.rig.run("n0", ["ip", "addr", "add", f"{CLUSTER['IPv6']}/128", "dev", "lo"])
+        for family in FAMILIES:
+            self.servers.listen("beside", SOCKETS[family], socket.SOCK_STREAM, 81)
+            self.assertAnswers(dict.fromkeys(CLIENTS, "beside"), family, "TCP", CLUSTER[family], 81)
+        await self.writer.replace(self.ruleset())
+        for family in FAMILIES:
+            self.assertAnswers(dict.fromkeys(CLIENTS, "refused"), family, "TCP", CLUSTER[family], 81)
+            self.assertAnswers(dict.fromkeys(CLIENTS, "cluster"), family, "TCP", CLUSTER[family], 80)
+
+    async def test_ownPacketsPass(self) -> None:
+        """What the proxy itself sends is neither refused nor dropped, wherever it goes."""
+        rules = {key(UNUSED[family], 8080): same("reject", ()) for family in FAMILIES}
+        everything = Locality(services=EVERYWHERE)
+        self.unused()
+        for ruleset in (Ruleset(clusterIPs=frozenset(UNUSED.values())), Ruleset(rules), Ruleset(locality=everything)):
+            await self.writer.replace(ruleset)
+            for family in FAMILIES:
+                it = self.rig.socketIn("n0", SOCKETS[family])
+                it.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, PROXY_MARK)
+                self.assertEqual(ask(it, UNUSED[family], 8080).split()[0], "beside")
+                self.assertNotIn("beside", self.ask("n0", family, "TCP", UNUSED[family], 8080, 0.3))
+
+    def unused(self) -> None:
+        """Addresses of the services' networks that no Service has: the host outside serves there."""
+        run = self.rig.run
+        run("x", ["ip", "route", "add", "10.244.0.0/16", "via", self.rig.address("n0")])
+        run("x", ["ip", "-6", "route", "add", "fd00:10:244::/56", "via", self.rig.address("n0", 6)])
+        beside = EchoServers(lambda family, kind: self.rig.socketIn("x", family, kind))
+        self.addCleanup(beside.close)
+        for family, size in (("IPv4", 32), ("IPv6", 128)):
+            run("x", ["ip", "addr", "add", f"{UNUSED[family]}/{size}", "dev", "lo"])
+            for kind in KINDS.values():
+                beside.listen("beside", SOCKETS[family], kind, 8080)
+
+    async def test_unallocated(self) -> None:
+        """An address of the services' networks that no Service has is not looked for elsewhere; open flows go on."""
+        self.unused()
+        full = self.ruleset()
+        await self.writer.replace(full)
+        for family, protocol in EVERY:
+            self.assertAnswers({"p0a": "beside", "n0": "beside"}, family, protocol, UNUSED[family], 8080)
+        opened = [self.rig.connect("p0a", (UNUSED[family], 8081)) for family in FAMILIES if self.hold(family)]
+        await self.writer.apply(Delta(locality=Locality(INSIDERS, services=("10.96.0.0/16", "fd00:10:96::/112"))))
+        for family, protocol in EVERY:
+            self.assertAnswers({"p0a": "timeout", "n0": "timeout"}, family, protocol, UNUSED[family], 8080)
+            self.assertAnswers(dict.fromkeys(CLIENTS, "cluster"), family, protocol, CLUSTER[family], 80)
+            self.assertAnswers(dict.fromkeys(CLIENTS, "refused"), family, protocol, CLUSTER[family], 81)
+        for family in FAMILIES:
+            self.assertEqual(self.ping("p0a", family, UNUSED[family]), "timeout")
+        for client, server in zip(opened, self.held, strict=True):
+            with client, server.accept()[0] as other:
+                client.sendall(b"still")
+                other.settimeout(3)
+                self.assertEqual(other.recv(16), b"still")
+
+    def hold(self, family: Family) -> bool:
+        """Somebody outside listens at the address that no Service has, and accepts later."""
+        it = self.rig.socketIn("x", SOCKETS[family])
+        self.addCleanup(it.close)
+        it.bind((UNUSED[family], 8081))
+        it.listen()
+        self.held.append(it)
+        return True
+
+    async def test_ownAddressAmongServices(self) -> None:
+        """An address that the node itself has is no unused one, even within the services' networks."""
+        for family, size in (("IPv4", 32), ("IPv6", 128)):
+            self.rig.run("n0", ["ip", "addr", "add", f"{UNUSED[family]}/{size}", "dev", "lo"])
+            self.servers.listen("beside", SOCKETS[family], socket.SOCK_STREAM, 8080)
+        locality = Locality(INSIDERS, services=("10.96.0.0/16", "fd00:10:96::/112"))
+        await self.writer.replace(Ruleset(locality=locality))
+        for family in FAMILIES:
+            self.assertAnswers(dict.fromkeys(CLIENTS, "beside"), family, "TCP", UNUSED[family], 8080)
+
+    async def test_nodePortAddresses(self) -> None:
+        """Node ports are led, refused and dropped at those addresses of the node that are meant, and at no others."""
+        full = self.ruleset()
+        places: dict[str, list[tuple[Family, str]]] = {
+            "lan": [("IPv4", self.address("n0", "IPv4")), ("IPv6", self.address("n0", "IPv6"))],
+            "pods": [("IPv4", "10.244.0.1"), ("IPv6", "fd00:10:244::1")],
+            "loopback": [("IPv4", "127.0.0.1"), ("IPv6", "::1")],
+        }
+        ways = {"served": self.ruleset(), "timeout": self.ruleset("drop")}
+        for networks, meant in (
+            (("192.0.2.0/24", "2001:db8:2::2/128"), ("lan",)),
+            (("127.0.0.0/8", "::1/128"), ("loopback",)),
+            (("10.244.0.1/32", "192.0.2.2/32", "2001:db8:2::/64", "fd00:10:244::/64"), ("lan", "pods")),
+            ((), ()),
+            (EVERYWHERE, ("lan", "pods", "loopback")),
+        ):
+            for way, ruleset in ways.items():
+                locality = Locality(INSIDERS, nodePorts=networks)
+                await self.writer.replace(Ruleset(ruleset.rules, full.guards, full.clusterIPs, locality))
+                for place, addresses in places.items():
+                    clients = {"lan": CLIENTS, "pods": ("p0a", "n0"), "loopback": ("n0",)}[place]
+                    for family, address in addresses:
+                        for protocol in KINDS:
+                            expected = dict.fromkeys(clients, "cluster" if way == "served" else way)
+                            if way == "served" and "x" in expected:
+                                expected["x"] = "local"
+                            if place not in meant:
+                                expected = dict.fromkeys(clients, "refused")  # nobody listens there
+                            self.assertAnswers(expected, family, protocol, address, 30080)  # type: ignore[arg-type]
+
+    async def test_insiderLinks(self) -> None:
+        """Who comes in by a link of pods is inside, whatever its address; the node itself always is."""
+        full = self.ruleset()
+        half = {it: Rule("drop", rule.inside) if it.port != 80 else rule for it, rule in full.rules.items()}
+        await self.writer.replace(full)
+        for links, inside in (
+            (("cbr",), ("p0a", "n0")),
+            (("cb*",), ("p0a", "n0")),
+            (("eth0", "cbr"), CLIENTS),
+            (("e*",), ("x", "n0")),
+            (("cb", "cbr0", "eth0*"), ("x", "n0")),
+            ((), ("n0",)),
+        ):
+            for rules, outside in ((full.rules, "local"), (half, "timeout")):
+                step = Ruleset(rules, full.guards, full.clusterIPs, Locality(insiderLinks=links))
+                await self.writer.apply(deltaBetween(await self.writer.adopt(), step))
+                expected = {client: "cluster" if client in inside else outside for client in CLIENTS}
+                for family, protocol in EVERY:
+                    self.assertAnswers(expected, family, protocol, EXTERNAL[family], 443)
+                    self.assertAnswers(expected, family, protocol, self.address("n0", family), 30080)
+
+    def ping(self, client: str, family: Family, address: str) -> str:
+        """What becomes of an echo request: ``answered``, ``refused`` or ``timeout``."""
+        protocol = socket.getprotobyname("icmp" if family == "IPv4" else "ipv6-icmp")
+        with self.rig.open(client):
+            it = socket.socket(SOCKETS[family], socket.SOCK_RAW, protocol)
+        with it:
+            it.settimeout(0.3)
+            it.connect((address, 0))
+            # Type, code, checksum (of this one; the kernel makes that of IPv6), identifier and number.
+            request = b"\x08\0\xe7\xff\x10\0\0\0" if family == "IPv4" else b"\x80\0\0\0\x10\0\0\0"
+            try:
+                try:
+                    it.send(request)
+                except PermissionError:
+                    pass  # as in ask()
+                it.recv(200)
+                return "answered"
+            except ConnectionRefusedError:
+                return "refused"
+            except TimeoutError:
+                return "timeout"
+
     async def test_onlyTheNode(self) -> None:
         """A node port is a port of the node: the same port of another host is left alone."""
         await self.writer.replace(self.ruleset())
@@ -204,7 +441,7 @@ class TrafficTests(TestCase):
             for family, protocol in EVERY:
                 rules[key(self.address("n0", family), 30080, protocol)] = same(refusal)  # type: ignore[arg-type]
                 rules[key("", 30080, protocol, family)] = same(self.to(family, protocol))
-            await self.writer.replace(Ruleset(rules, self.ruleset().guards, INSIDERS))
+            await self.writer.replace(Ruleset(rules, self.ruleset().guards, locality=INSIDE))
             for family, protocol in EVERY:
                 for client in CLIENTS:
                     found = self.ask(client, family, protocol, self.address("n0", family), 30080, 0.2)
@@ -220,7 +457,7 @@ class TrafficTests(TestCase):
                 rule = Rule(outside=local, inside="reject") if inside else Rule(outside="reject", inside=local)
                 rules[key(self.address("n0", family), 30080, protocol)] = rule
                 rules[key("", 30080, protocol, family)] = same(self.to(family, protocol))
-            await self.writer.replace(Ruleset(rules, self.ruleset().guards, INSIDERS))
+            await self.writer.replace(Ruleset(rules, self.ruleset().guards, locality=INSIDE))
             for family, protocol in EVERY:
                 for client in CLIENTS:
                     found = self.ask(client, family, protocol, self.address("n0", family), 30080, 2)
@@ -258,9 +495,19 @@ class TrafficTests(TestCase):
         """The same where nft writes the elements."""
         await self._hammered(self.makeWriter(useNetlink=False))
 
-    async def _hammered(self, writer: NftablesWriter) -> None:
+    async def test_newTableUnderLoad(self) -> None:
+        """The same where the whole table is made anew each time, since links of insiders come and go."""
+        await self._hammered(self.writer, Locality(INSIDERS, ("cbr",)))
+
+    async def _hammered(self, writer: NftablesWriter, other: Locality = INSIDE) -> None:
+        """Pods are served all the time; outside, what is for pods alone is served to nobody, ever."""
         mine = self.ruleset()
-        rulesets = [Ruleset({**many(2000, port).rules, **mine.rules}, mine.guards, INSIDERS) for port in (20000, 30000)]
+        pods = {key(EXTERNAL["IPv4"], 443): same(self.to("IPv4", "TCP"), ("10.244.0.0/16",))}
+        rules = [{**many(2000, port).rules, **mine.rules, **pods} for port in (20000, 30000)]
+        rulesets = [
+            Ruleset(it, mine.guards, mine.clusterIPs, locality)
+            for it, locality in zip(rules, (INSIDE, other), strict=True)
+        ]
         await writer.replace(rulesets[0])
         failed: list[str] = []
         served = 0
@@ -269,12 +516,18 @@ class TrafficTests(TestCase):
         def hammer() -> None:
             nonlocal served
             while not ending.is_set():
-                for client in ("p0a", "x"):
-                    answer = self.ask(client, "IPv4", "TCP", CLUSTER["IPv4"], 80)
+                for client, address, port in (
+                    ("p0a", CLUSTER["IPv4"], 80),
+                    ("x", CLUSTER["IPv4"], 80),
+                    ("p0a", EXTERNAL["IPv4"], 443),
+                ):
+                    answer = self.ask(client, "IPv4", "TCP", address, port)
                     if answer.startswith("cluster"):
                         served += 1
                     else:
                         failed.append(answer)
+                if self.ask("x", "IPv4", "TCP", EXTERNAL["IPv4"], 443, 0.02) != "timeout":
+                    failed.append("served outside")
 
         thread = threading.Thread(target=hammer)
         thread.start()

@@ -1,6 +1,6 @@
 """
-A whole node at work: the rig, a fake API server, backends in pods, the daemon on node ``n0``. Building it takes
-seconds, so the tests of one class share it, each with Services of its own.
+A whole node at work: the rig, a fake API server, backends in pods, the daemon on node ``n0``; or two nodes, with a
+daemon on ``n1`` too. Building it takes seconds, so the tests of one class share it, each with Services of its own.
 """
 
 from __future__ import annotations
@@ -10,19 +10,22 @@ import itertools
 import json
 import signal
 import socket
+import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from tests.fakes.daemon import ApiProcess, Backend, Daemon
-from tests.fakes.network import Rig
+from tests.fakes.network import Rig, waitFor
 
 PORT = 8080
+OTHER_PORT = 8081  # the backends answer there too
 PODS = ("p0a", "p0b", "p1a")
 CONFIG = """
 [kproxy]
-node-name = n0
+node-name = {node}
 cluster-cidr = 10.244.0.0/16, fd00:10:244::/56
+{settings}
 [source:cluster]
 type = api
 server = {server}
@@ -52,14 +55,22 @@ def service(name: str, number: int, ports: Any = None, **spec: Any) -> Json:
     }
 
 
-def slices(rig: Rig, name: str, *pods: str, ports: Any = None) -> list[Json]:
-    """The EndpointSlices, one per family, of a Service that these pods are behind."""
+def slices(
+    rig: Rig, name: str, *pods: str, ports: Any = None, more: Mapping[str, Json] | None = None, part: str = ""
+) -> list[Json]:
+    """
+    The EndpointSlices, one per family, of a Service that these pods are behind.
+
+    :param pods: or nodes, for pods in the network of their host.
+    :param more: of each pod what its endpoint has beside, such as other conditions.
+    :param part: tells slices of one Service apart.
+    """
     return [
         {
             "apiVersion": "discovery.k8s.io/v1",
             "kind": "EndpointSlice",
             "metadata": {
-                "name": f"{name}-{family.lower()}", "namespace": "default",
+                "name": f"{name}{part}-{family.lower()}", "namespace": "default",
                 "labels": {"kubernetes.io/service-name": name},
             },
             "addressType": family,
@@ -68,7 +79,8 @@ def slices(rig: Rig, name: str, *pods: str, ports: Any = None) -> list[Json]:
                 {
                     "addresses": [rig.address(pod, 4 if family == "IPv4" else 6)],
                     "conditions": {"ready": True, "serving": True, "terminating": False},
-                    "nodeName": rig.hosts[pod].node,
+                    "nodeName": rig.hosts[pod].node or pod,
+                    **(more or {}).get(pod, {}),
                 }
                 for pod in pods
             ],
@@ -80,38 +92,48 @@ def slices(rig: Rig, name: str, *pods: str, ports: Any = None) -> list[Json]:
 class World:
     """
     :param apiOptions: further options of the API server; ``{folder}`` in them is the rig's folder.
+    :param nodes: those that kproxy runs on. With ``n1`` there is a second pod there, ``p1b``.
+    :param settings: further lines of the daemons' section ``[kproxy]``.
     :ivar rig: see :mod:`tests.fakes.network`.
     :ivar api: the API server's process.
-    :ivar daemon: kproxy on n0.
+    :ivar daemons: kproxy on each of these nodes.
     """
 
     shared: ClassVar[World | None] = None
 
-    def __init__(self, writer: str, apiOptions: Sequence[str] = ()) -> None:
+    def __init__(
+        self, writer: str, apiOptions: Sequence[str] = (), nodes: Sequence[str] = ("n0",), settings: str = ""
+    ) -> None:
+        self.key = (writer, apiOptions, nodes, settings)
         self.writer = writer
         self.apiOptions = apiOptions
+        self.settings = settings
         self.rig = Rig()
         try:
+            if "n1" in nodes:
+                self.rig.addPod("n1", "p1b")
+            for name in nodes:  # tests are refused more often than the kernel says so, of itself, to one host
+                self.rig.run(name, ["sysctl", "-qw", "net.ipv4.icmp_ratelimit=0", "net.ipv6.icmp.ratelimit=0"])
             self.numbers = itertools.count(1)
             self.api = self.startApi()
-            self.backends = {pod: Backend(self.rig, pod, http=[PORT], udp=[PORT]) for pod in PODS}
-            self.api.apply(
-                *(
-                    {"apiVersion": "v1", "kind": "Node", "metadata": {"name": name}, "spec": {}, "status": {}}
-                    for name in ("n0", "n1")
-                )
-            )
-            self.daemon = self.startDaemon()
+            pods = [pod for pod, it in self.rig.hosts.items() if it.node]
+            self.backends = {pod: self.startBackend(pod) for pod in pods}
+            self.api.apply(*(self.node(name) for name in ("n0", "n1")))
+            self.daemons: dict[str, Daemon] = {}
+            for name in nodes:
+                self.startDaemon(node=name)
         except BaseException:
             self.rig.close()
             raise
 
     @classmethod
-    def get(cls, writer: str, apiOptions: Sequence[str] = ()) -> World:
+    def get(
+        cls, writer: str, apiOptions: Sequence[str] = (), nodes: Sequence[str] = ("n0",), settings: str = ""
+    ) -> World:
         """The world of this writer and these options; one at a time is kept."""
-        if cls.shared is None or (cls.shared.writer, cls.shared.apiOptions) != (writer, apiOptions):
+        if cls.shared is None or cls.shared.key != (writer, apiOptions, nodes, settings):
             cls.end()
-            cls.shared = World(writer, apiOptions)
+            cls.shared = World(writer, apiOptions, nodes, settings)
         return cls.shared
 
     @classmethod
@@ -120,6 +142,21 @@ class World:
             cls.shared.rig.close()
             cls.shared = None
 
+    @property
+    def daemon(self) -> Daemon:
+        """That of n0."""
+        return self.daemons["n0"]
+
+    @daemon.setter
+    def daemon(self, it: Daemon) -> None:
+        self.daemons["n0"] = it
+
+    @staticmethod
+    def node(name: str, **labels: str) -> Json:
+        """A Node object."""
+        metadata = {"name": name, "labels": {f"topology.kubernetes.io/{key}": it for key, it in labels.items()}}
+        return {"apiVersion": "v1", "kind": "Node", "metadata": metadata, "spec": {}, "status": {}}
+
     def startApi(self) -> ApiProcess:
         return ApiProcess(self.rig, options=[it.format(folder=self.rig.folder) for it in self.apiOptions])
 
@@ -127,10 +164,15 @@ class World:
         """The API server dies; :meth:`startApi` starts another one at the same address."""
         self.api.stop(signal.SIGKILL)
 
-    def startDaemon(self, extra: str = "", **kw: Any) -> Daemon:
-        text = CONFIG.format(server=self.api.url, writer=self.writer) + extra
-        daemon = Daemon(self.rig, "n0", text, **kw)
+    def startBackend(self, place: str) -> Backend:
+        """What answers in a pod, or on a node for pods in its network."""
+        return Backend(self.rig, place, http=[PORT, OTHER_PORT], udp=[PORT, OTHER_PORT])
+
+    def startDaemon(self, extra: str = "", node: str = "n0", **kw: Any) -> Daemon:
+        text = CONFIG.format(server=self.api.url, writer=self.writer, node=node, settings=self.settings) + extra
+        daemon = Daemon(self.rig, node, text, **kw)
         daemon.waitUntil(lambda: self.status(daemon)["sync"]["inForce"], 20)
+        self.daemons[node] = daemon
         return daemon
 
     def status(self, daemon: Daemon | None = None) -> Json:
@@ -140,8 +182,47 @@ class World:
         return found
 
     def settle(self, expected: Any, seconds: float = 10) -> None:
-        """Until what is expected of the status is in force."""
-        self.daemon.waitUntil(lambda: (lambda it: it["sync"]["inForce"] and expected(it))(self.status()), seconds)
+        """Until what is expected of the status is in force, on every node."""
+        for daemon in self.daemons.values():
+            self._settle(daemon, expected, seconds)
+
+    def _settle(self, daemon: Daemon, expected: Any, seconds: float) -> None:
+        """A daemon that is late goes on: other tests want it."""
+        ended = threading.Event()
+
+        def ask() -> bool:
+            if daemon.process.poll() is not None:
+                ended.set()
+            status = self.status(daemon)
+            return bool(expected(status) and status["sync"]["inForce"])
+
+        try:
+            waitFor(ask, seconds, 0.02, ended)
+        except AssertionError as error:
+            status = {key: it for key, it in self.status(daemon).items() if key in ("sync", "sources", "dataplane")}
+            raise AssertionError(f"{daemon.name}: {error}: {json.dumps(status)}") from None
+
+    def apply(self, *objects: Json, seconds: float = 10) -> None:
+        """Create or replace objects, and wait until every daemon has heard of it and it is in force."""
+        self._change(self.api.apply, objects, seconds)
+
+    def delete(self, *objects: Json, seconds: float = 10) -> None:
+        """Delete objects; waits likewise."""
+        self._change(self.api.delete, objects, seconds)
+
+    def _change(self, change: Any, objects: Iterable[Json], seconds: float) -> None:
+        """Bookmarks tell every watch how far it is, also where a change was none or not for it."""
+        change(*objects)
+        version = int(self.api.state()["resourceVersion"])
+
+        def heard(status: Json) -> bool:
+            kinds = status["sources"][0]["kinds"].values()
+            if all(int(it["resourceVersion"] or 0) >= version for it in kinds):
+                return True
+            self.api.fake("bookmarkNow")
+            return False
+
+        self.settle(heard, seconds)
 
     def make(self, name: str, *pods: str, ports: Any = None, slicePorts: Any = None, **spec: Any) -> Json:
         """Create a Service with these pods behind it, and wait until it is in force. Gives the Service."""

@@ -39,7 +39,19 @@ LEFT_OUT = shutil.ignore_patterns(
     "dropin.cache",
     ".*_cache",
     ".hypothesis",
+    "_pump.*",
 )
+PUMP = "twisted_kproxy/userspace/engines/pump.c"
+#: Says which engine is chosen; arguments: modules that are not to be found.
+CHOOSES = """
+import sys
+for name in sys.argv[1:]:
+    sys.modules[name] = None
+from twisted.internet import reactor
+from twisted_kproxy.userspace.engines.choose import chooseEngine
+from twisted_kproxy.userspace.engines.poller import Poller
+print(chooseEngine(reactor, Poller(reactor)).name)
+"""
 SECONDS = 600
 
 
@@ -93,6 +105,21 @@ def built() -> Path:
     return workshop() / "dist"
 
 
+def wheel(folder: Path | None = None) -> Path:
+    """The wheel, whose name tells for which Python and machine it is."""
+    (found,) = (folder or built()).glob(f"{STEM}-*.whl")
+    return found
+
+
+@cache
+def builtWithoutCompiler() -> Path:
+    """The wheel of a machine where there is no compiler that works."""
+    bare = Path(shutil.copytree(tree(), workshop() / "bare", ignore=LEFT_OUT))
+    must("env", "CC=false", sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir",
+         workshop() / "dist-bare", cwd=bare)  # fmt: skip
+    return wheel(workshop() / "dist-bare")
+
+
 def modules() -> set[str]:
     """The modules of the package, as paths from the root."""
     return {path.relative_to(tree()).as_posix() for path in (tree() / "twisted_kproxy").rglob("*.py")}
@@ -108,7 +135,7 @@ class Machine:
         self.elsewhere = workshop() / "elsewhere"
         # The dependencies come by installing the wheel, from the index: a requirement that is not declared, or that
         # cannot be had, shows here.
-        self.pip("install", built() / f"{STEM}-py3-none-any.whl")
+        self.pip("install", wheel())
         self.first = self.twistd("kproxy", "--help")
         self.uninstall()
         self.site = Path(
@@ -146,20 +173,31 @@ class BuildTests(SynchronousTestCase):
     """What wheel and source distribution contain."""
 
     def test_wheel(self) -> None:
-        """The wheel holds every module, the drop-in, its own facts, and nothing else: no tests, no ``__init__.py``."""
-        with zipfile.ZipFile(built() / f"{STEM}-py3-none-any.whl") as wheel:
-            names = set(wheel.namelist())
+        """
+        The wheel holds every module, the C module and its source, the drop-in, its own facts, and nothing else: no
+        tests, no ``__init__.py``.
+        """
+        with zipfile.ZipFile(wheel()) as archive:
+            names = set(archive.namelist())
         facts = {name for name in names if name.startswith(f"{STEM}.dist-info/")}
         self.assertIn(f"{STEM}.dist-info/licenses/LICENSE", facts)
-        self.assertEqual(names - facts, modules() | {DROPIN, "twisted_kproxy/py.typed"})
+        native = {name for name in names if name.startswith("twisted_kproxy/userspace/engines/_pump.")}
+        self.assertEqual([name.rpartition(".")[2] for name in native], ["so"])
+        self.assertEqual(names - facts - native, modules() | {DROPIN, PUMP, "twisted_kproxy/py.typed"})
+
+    def test_withoutCompiler(self) -> None:
+        """Where no compiler works, the wheel is built all the same, with everything but the C module."""
+        with zipfile.ZipFile(builtWithoutCompiler()) as archive:
+            names = {name for name in archive.namelist() if ".dist-info/" not in name}
+        self.assertEqual(names, modules() | {DROPIN, PUMP, "twisted_kproxy/py.typed"})
 
     def test_sdist(self) -> None:
         """The source distribution has all that is needed to build and test, and nothing that was made meanwhile."""
         with tarfile.open(built() / f"{STEM}.tar.gz") as archive:
             names = {name.partition("/")[2] for name in archive.getnames()}
         wanted = modules() | {
-            DROPIN, "setup.cfg", "pyproject.toml", "README.rst", "LICENSE", "Makefile", ".ci/run", "etc/kproxy.ini",
-            "etc/kproxy.service", "tests/packaging/test_packaging.py",
+            DROPIN, PUMP, "setup.py", "setup.cfg", "pyproject.toml", "README.rst", "LICENSE", "Makefile", ".ci/run",
+            "etc/kproxy.ini", "etc/kproxy.service", "tests/packaging/test_packaging.py",
         }  # fmt: skip
         self.assertEqual(wanted - names, set())
         self.assertEqual(
@@ -205,11 +243,33 @@ class InstallTests(SynchronousTestCase):
 
     def test_wheel(self) -> None:
         """The wheel."""
-        self.tried(built() / f"{STEM}-py3-none-any.whl")
+        self.tried(wheel())
+
+    def engine(self, *missing: str) -> str:
+        """Which engine is chosen where these modules are missing."""
+        return must(machine().python, "-c", CHOOSES, *missing, cwd=machine().elsewhere).strip()
+
+    def test_engine(self) -> None:
+        """What was built with a compiler carries bytes in C; without what cffi needs at run time, in Python."""
+        machine().install(wheel())
+        try:
+            self.assertEqual(self.engine(), "native")
+            self.assertEqual(self.engine("_cffi_backend"), "python")
+        finally:
+            self.removed()
+
+    def test_engineWithoutCompiler(self) -> None:
+        """What was built without one works too, with the engine in Python."""
+        machine().install(builtWithoutCompiler())
+        try:
+            self.works()
+            self.assertEqual(self.engine(), "python")
+        finally:
+            self.removed()
 
     def test_wheelFiles(self) -> None:
         """In place of Twisted's, no file changes; in its folders there is one more, the drop-in."""
-        machine().install(built() / f"{STEM}-py3-none-any.whl")
+        machine().install(wheel())
         try:
             new = machine().files() - machine().bare
             self.assertEqual({name for name in new if name.startswith("twisted/")}, {DROPIN})
@@ -239,7 +299,7 @@ class InstallTests(SynchronousTestCase):
 
     def test_allImport(self) -> None:
         """Every module can be imported with the declared dependencies alone."""
-        machine().install(built() / f"{STEM}-py3-none-any.whl")
+        machine().install(wheel())
         try:
             names = sorted(name.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for name in modules())
             program = "import importlib, sys\nfor name in sys.argv[1:]: importlib.import_module(name)"

@@ -42,7 +42,7 @@ class ReflectorCase(SynchronousTestCase):
     def setUp(self) -> None:
         self.clock = Clock()
         self.network = RawNetwork(self.clock)
-        self.words = Words()
+        self.words = self.makeWords()
         access = ApiAccess("http://192.0.2.1:8080/prefix", "test")
         self.agent = self.network.agent()
         self.client = ApiClient(self.clock, access, self.agent, self.limits)
@@ -51,6 +51,10 @@ class ReflectorCase(SynchronousTestCase):
             streaming=self.streaming,
         )
         self.addCleanup(self.stop)
+
+    def makeWords(self) -> Any:
+        """What the reflector tells its words to."""
+        return Words()
 
     def start(self) -> None:
         self.reflector.start()

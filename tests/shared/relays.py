@@ -8,6 +8,7 @@ sockets in between, these see only TCP.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import random
 import select
@@ -164,8 +165,11 @@ class RelaySuite:
     # --- the suite
 
     def test_interface(self) -> None:
-        """It is an IRelay."""
-        verifyObject(IRelay, self.makeRelay(self.reactor))
+        """It is an IRelay, and says of itself what can be shown."""
+        relay = self.makeRelay(self.reactor)
+        verifyObject(IRelay, relay)
+        status = json.loads(json.dumps(relay.status()))
+        self.equal((status["active"], bool(status["engine"])), (0, True))
 
     async def test_parallelEchoes(self) -> None:
         """Random bytes come back as they went, on many connections at once, and are counted to the byte."""

@@ -16,6 +16,15 @@ from twisted_kproxy.interfaces import IRuleWriter, RulesRejected
 NODE4 = "192.0.2.2"
 NODE6 = "2001:db8::2"
 INSIDERS = ("10.244.0.0/16", "fd00:10:244::/56")
+#: One of everything that may be said of this node's addresses.
+LOCALITY = Locality(
+    insiders=INSIDERS,
+    insiderLinks=("cali*", "cbr0"),
+    nodePorts=("127.0.0.0/8", "192.0.2.0/24", "::1/128", "2001:db8::/64"),
+    services=("10.96.0.0/16", "fd00:10:96::/112"),
+)
+#: What is behind the insiders in it.
+LOCALITY_REST = (LOCALITY.insiderLinks, LOCALITY.nodePorts, LOCALITY.services)
 
 
 def key(address: str, port: int, protocol: Protocol = "TCP", family: Family | None = None) -> FrontendKey:
@@ -27,9 +36,9 @@ def to(port: int, address: str = NODE4) -> Target:
     return Target(address, port)
 
 
-def same(verdict: Verdict) -> Rule:
-    """A rule that is the same for everybody."""
-    return Rule(verdict, verdict)
+def same(verdict: Verdict, sources: tuple[str, ...] | None = None) -> Rule:
+    """A rule that is the same for everybody (who is in ``sources``)."""
+    return Rule(verdict, verdict, sources)
 
 
 #: One of everything.
@@ -56,6 +65,15 @@ SAMPLE = Ruleset(
         key("", 30444, "TCP", "IPv6"): Rule(outside="drop", inside=to(40005, NODE6)),
         key("", 30445, "UDP", "IPv4"): Rule(outside=to(40004), inside=to(40005)),
         key("", 30446, "UDP", "IPv6"): Rule(outside=to(40004, NODE6), inside="reject"),
+        # for some sources only
+        key("203.0.113.6", 443): Rule(to(40004), to(40005), ("10.0.0.0/8", "198.51.100.0/25", "198.51.100.200/32")),
+        key("203.0.113.6", 443, "UDP"): same(to(40002), ("198.51.100.7/32",)),
+        key("2001:db8:5::6", 443): Rule(to(40004, NODE6), to(40005, NODE6), ("2001:db8:7::/48", "fd00::/8")),
+        key("2001:db8:5::6", 443, "UDP"): same(to(40002, NODE6), ("::/0",)),
+        key("203.0.113.6", 444): Rule("drop", to(40005), ("0.0.0.0/0",)),
+        key("203.0.113.6", 445): same(to(40004), ()),
+        key("2001:db8:5::6", 445): same("reject", ()),
+        key("203.0.113.6", 446): same("drop", ("0.0.0.0/1", "192.0.2.1/32")),
         # nothing to lead to
         key("10.96.0.11", 80): same("reject"),
         key("10.96.0.11", 53, "UDP"): same("reject"),
@@ -75,7 +93,8 @@ SAMPLE = Ruleset(
             Guard("IPv6", "UDP", 40002),
         }
     ),
-    locality=Locality(INSIDERS),
+    clusterIPs=frozenset({"10.96.0.10", "10.96.0.11", "10.96.0.12", "fd00:10:96::10", "fd00:10:96::11"}),
+    locality=LOCALITY,
 )
 
 
@@ -174,7 +193,7 @@ class WriterTests:
         self.assertIsNone(await writer.adopt())  # type: ignore[attr-defined]
 
     async def test_replaceIsReadBack(self) -> None:
-        """Both families, TCP and UDP, node ports, verdicts, guards and insiders come back as they were written."""
+        """Both families, TCP and UDP, verdicts, guards and all that is said of addresses come back as written."""
         await self.writerWith(SAMPLE)
         await self.assertInForce(SAMPLE)
 
@@ -182,7 +201,9 @@ class WriterTests:
         """A second ruleset takes the place of the whole first one."""
         writer = await self.writerWith(SAMPLE)
         guards = frozenset({Guard("IPv4", "TCP", 7777)})
-        other = Ruleset({key("10.96.7.7", 7): same(to(7777))}, guards, locality=Locality(("10.1.0.0/16",)))
+        rules = {key("10.96.7.7", 7): same(to(7777)), key("203.0.113.6", 443): same(to(7777), ("10.0.0.0/9",))}
+        locality = Locality(("10.1.0.0/16",), ("veth*",), ("192.0.2.2/32", "::/0"), ("10.96.0.0/12",))
+        other = Ruleset(rules, guards, frozenset({"10.96.0.11", "10.96.7.7"}), locality)
         await writer.replace(other)
         await self.assertInForce(other)
 
@@ -268,20 +289,87 @@ class WriterTests:
     async def test_addWhatIsThere(self) -> None:
         """Adding a frontend that is in force as it shall be is harmless."""
         writer = await self.writerWith(SAMPLE)
-        await writer.apply(Delta(dict(SAMPLE.rules), guardsAdded=SAMPLE.guards, locality=Locality(INSIDERS)))
+        await writer.apply(deltaBetween(Ruleset(), SAMPLE))
         await self.assertInForce(SAMPLE)
 
     async def test_guards(self) -> None:
         """Guards come and go by steps."""
         guards = frozenset({Guard("IPv4", "TCP", 40001), Guard("IPv6", "UDP", 45000), Guard("IPv4", "UDP", 45001)})
-        await self.assertStep(Ruleset(SAMPLE.rules, guards, locality=Locality(INSIDERS)))
+        await self.assertStep(Ruleset(SAMPLE.rules, guards, SAMPLE.clusterIPs, LOCALITY))
 
-    async def test_insiders(self) -> None:
-        """The pod networks can change by a step, to none at all and back."""
+    async def test_locality(self) -> None:
+        """Whatever is said of this node's addresses can change by a step, to nothing at all and back."""
         writer = await self.writerWith(SAMPLE)
-        for insiders in (("10.128.0.0/9", "fd00:1::/64", "fd00:2::/64"), (), ("0.0.0.0/0",), INSIDERS):
-            await writer.apply(Delta(locality=Locality(insiders)))
-            await self.assertInForce(Ruleset(SAMPLE.rules, SAMPLE.guards, locality=Locality(insiders)))
+        for locality in (
+            Locality(("10.128.0.0/9", "fd00:1::/64", "fd00:2::/64"), *LOCALITY_REST),
+            Locality((), *LOCALITY_REST),
+            Locality(("0.0.0.0/0",), *LOCALITY_REST),
+            Locality(INSIDERS, ("veth*",), *LOCALITY_REST[1:]),
+            Locality(INSIDERS, (), *LOCALITY_REST[1:]),
+            Locality(INSIDERS, ("a", "ab*", "a-name-of-15-ch", "14-characters-*")),
+            Locality(INSIDERS, nodePorts=()),
+            Locality(INSIDERS, nodePorts=("192.0.2.2/32", "::/0")),
+            Locality(services=("10.96.0.0/16", "10.100.0.0/16", "fd00:10:96::/112")),
+            Locality(nodePorts=("0.0.0.0/0", "2001:db8::2/128"), services=("fd00:10:96::/112",)),
+            Locality(),
+            LOCALITY,
+        ):
+            await writer.apply(Delta(locality=locality))
+            await self.assertInForce(Ruleset(SAMPLE.rules, SAMPLE.guards, SAMPLE.clusterIPs, locality))
+
+    async def test_localityWithRules(self) -> None:
+        """It can change in the same step in which frontends come and go."""
+        rules = {key("10.96.7.7", 7): same(to(7777)), key("10.96.0.10", 80): None, key("203.0.113.6", 443): None}
+        for locality in (Locality(("10.1.0.0/16",), LOCALITY.insiderLinks), Locality(INSIDERS, ("veth0",))):
+            step = Delta(
+                rules,
+                guardsRemoved=SAMPLE.guards,
+                clusterIPsAdded=frozenset({"10.96.7.7"}),
+                clusterIPsRemoved=frozenset({"10.96.0.10"}),
+                locality=locality,
+            )
+            await self.assertStep(applied(SAMPLE, step))
+
+    async def test_clusterIPs(self) -> None:
+        """Addresses of Services come and go by steps; what is there already, or not there, is harmless."""
+        writer = await self.writerWith(SAMPLE)
+        one, two = frozenset({"10.96.0.77", "fd00:10:96::77"}), frozenset({"10.96.0.10", "fd00:10:96::11"})
+        for step in (
+            Delta(clusterIPsAdded=one),
+            Delta(clusterIPsRemoved=two),
+            Delta(clusterIPsAdded=one | two, clusterIPsRemoved=frozenset({"10.96.99.99"})),
+            Delta(clusterIPsAdded=two, clusterIPsRemoved=one),
+        ):
+            await writer.apply(step)
+        await self.assertInForce(SAMPLE)
+        await writer.apply(Delta(clusterIPsRemoved=SAMPLE.clusterIPs))
+        await self.assertInForce(Ruleset(SAMPLE.rules, SAMPLE.guards, locality=LOCALITY))
+
+    async def test_sources(self) -> None:
+        """The sources of a frontend go from any to any others, alone and with where it leads."""
+        some: dict[Family, list[tuple[str, ...] | None]] = {
+            "IPv4": [None, (), ("10.0.0.0/8",), ("10.0.0.0/9", "192.0.2.0/24"), ("10.0.0.0/8", "192.0.2.1/32")],
+            "IPv6": [None, (), ("fd00::/8",), ("2001:db8::/32", "fd00::/9"), ("2001:db8::1/128", "fd00::/8")],
+        }
+        for family, node, where in (("IPv4", NODE4, "203.0.113.9"), ("IPv6", NODE6, "2001:db8:5::9")):
+            keys = [key(where, 80), key(where, 80, "UDP"), key(where, 81)]
+            ways: list[Verdict] = [to(42001, node), to(42002, node), "drop"]
+            rules = [Rule(ways[n % 3], to(42003, node), it) for n, it in enumerate(some[family])]  # type: ignore[index]
+            rules.append(same(to(42001, node), some[family][3]))  # type: ignore[index]
+            old = Ruleset(dict.fromkeys(keys, rules[0]), locality=Locality(INSIDERS))
+            writer = await self.writerWith(old)
+            for first in rules:
+                for second in rules:
+                    for rule in (first, second):
+                        # The third one stays as it is: its neighbours' sources are none of its business.
+                        new = Ruleset({**dict.fromkeys(keys[:2], rule), keys[2]: rules[2]}, locality=Locality(INSIDERS))
+                        step = deltaBetween(old, new)
+                        if step:
+                            await writer.apply(step)
+                        old = new
+                await self.assertInForce(old)
+            await writer.apply(Delta(dict.fromkeys(keys)))
+            await self.assertInForce(Ruleset(locality=Locality(INSIDERS)))
 
     async def test_bulk(self) -> None:
         """Thousands of frontends in one step, then all of them led elsewhere, then gone."""

@@ -22,6 +22,15 @@ class AffinityTableTests(SynchronousTestCase):
         self.assertIsNone(table.find("192.0.2.1", 179.8))
         self.assertEqual(len(table), 0)
 
+    def test_peek(self) -> None:
+        """Who only looks does not start the time anew, and finds nothing that is over."""
+        table = AffinityTable(10, 60)
+        table.bind("192.0.2.1", endpoint(1), 0.0)
+        self.assertEqual(table.peek("192.0.2.1", 59.9), endpoint(1))
+        self.assertIsNone(table.peek("192.0.2.1", 60.0))
+        self.assertIsNone(table.peek("192.0.2.2", 0.0))
+        self.assertIsNone(table.find("192.0.2.1", 60.0))
+
     def test_longest(self) -> None:
         """A day is a day."""
         table = AffinityTable(10, 86400)

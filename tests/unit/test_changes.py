@@ -7,9 +7,72 @@ from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
 from tests.builders import portName, serviceMap, servicePort
+from twisted_kproxy.core import values
 from twisted_kproxy.core.changes import StaleFlow, Update
 from twisted_kproxy.core.rules import Guard, Rule, Ruleset, Target, applied, deltaBetween
-from twisted_kproxy.core.values import Frontend, FrontendKey, Locality, ServiceMap
+from twisted_kproxy.core.values import (
+    PLAIN,
+    Frontend,
+    FrontendKey,
+    Locality,
+    ServiceMap,
+    ServicePort,
+    ServicePortName,
+)
+
+_names = [portName(it) for it in "abcdefg"]
+_steps = st.lists(
+    st.dictionaries(st.sampled_from(_names), st.one_of(st.none(), st.integers(1, 2)), max_size=4), max_size=12
+)
+
+
+class ServiceMapTests(SynchronousTestCase):
+    """A map that shares with others what did not change."""
+
+    def assertSame(self, it: ServiceMap, plain: dict[ServicePortName, ServicePort]) -> None:
+        self.assertEqual(dict(it), plain)
+        self.assertEqual(dict(it.items()), plain)
+        self.assertEqual((len(it), list(it), bool(it)), (len(plain), list(dict(it)), bool(plain)))
+        for name in _names:
+            self.assertIs(it.get(name), plain.get(name))
+            self.assertEqual(name in it, name in plain)
+
+    @given(_steps, st.sampled_from([0, 2, 512]))
+    @settings(max_examples=150, deadline=None, derandomize=True, database=None)
+    def test_likeADict(self, steps: list[dict[ServicePortName, int | None]], layered: int) -> None:
+        """Whatever steps led to it, it is as one made at once; earlier maps stay, and any two tell what differs."""
+        self.patch(values, "MOST_LAYERED", layered)
+        made = {(name, n): servicePort(name, cluster=[("10.1.0.1", n)]) for name in _names for n in (1, 2)}
+        plain: dict[ServicePortName, ServicePort] = {name: made[name, 1] for name in _names[:4]}
+        history = [(ServiceMap(plain), dict(plain))]
+        for step in steps:
+            changes = {name: None if n is None else made[name, n] for name, n in step.items()}
+            for name, port in changes.items():
+                plain.pop(name, None)
+                if port is not None:
+                    plain[name] = port
+            history.append((history[-1][0].step(changes, len(history), PLAIN), dict(plain)))
+        for it, expected in history:
+            self.assertSame(it, expected)
+            for other, was in history:
+                self.assertEqual(it.since(other), ServiceMap(expected).since(ServiceMap(was)))
+                changed = {name for name, port in expected.items() if was.get(name) is not port}
+                self.assertEqual(it.since(other), (changed, was.keys() - expected.keys()))
+
+    def test_missing(self) -> None:
+        """What is not there, or no longer, is asked for in vain; there may be a default."""
+        it = serviceMap(servicePort()).step({portName(): None}, 1, PLAIN)
+        self.assertRaises(KeyError, it.__getitem__, portName())
+        self.assertRaises(KeyError, it.__getitem__, portName("other"))
+        self.assertEqual(it.get(portName(), "none"), "none")
+
+    def test_bounded(self) -> None:
+        """Steps do not pile up: what came and went leaves nothing behind."""
+        it = ServiceMap()
+        for n in range(2000):
+            it = it.step({portName(f"s{n}"): servicePort(), portName(f"s{n - 1}"): None}, n, PLAIN)
+            self.assertLessEqual(len(it._over), values.MOST_LAYERED)
+        self.assertEqual((len(it), len(it._base) + len(it._over)), (1, 1))
 
 
 class UpdateTests(SynchronousTestCase):

@@ -6,6 +6,7 @@ from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from twisted.logger import capturedLogs, formatEvent
 from twisted.trial.unittest import SynchronousTestCase
 from zope.interface.verify import verifyObject
 
@@ -486,6 +487,143 @@ class OwnershipTests(ClusterTestCase):
         self.put(it("b", "10.96.0.2", 30001))
         now = self.cluster.current()
         self.assertEqual([now[portName(n)].frontends[-1].port for n in "ab"], [30002, 30001])
+
+
+class LocalityTests(ClusterTestCase):
+    """Which addresses mean what follows what is known of the node."""
+
+    def put(self, it: Any, source: str = "s", cluster: Cluster | None = None) -> None:
+        self.changes = 0
+        super().put(it, source, cluster)
+
+    def test_podNetworks(self) -> None:
+        """With node-cidr insiders are those whom the Node object names, as soon as it does; service ports stay."""
+        self.cluster = self.make("s", configured=NodeSettings(detectLocal="node-cidr"))
+        self.put(service())
+        before = self.cluster.current()
+        self.assertEqual(before.locality.insiders, ())
+        self.put(node(podCIDRs=["10.244.3.0/24"]))
+        self.assertEqual(self.changes, 1)
+        self.assertFalse(self.cluster.settled)
+        after = self.cluster.current()
+        self.assertTrue(self.cluster.settled)
+        self.assertEqual(after.locality.insiders, ("10.244.3.0/24",))
+        self.assertIs(after[portName()], before[portName()])
+        update = Update(before, after)
+        self.assertEqual((update.changed, update.relocated, bool(update)), (frozenset(), True, True))
+        self.drop("Node", "n0")
+        self.assertEqual(self.cluster.current().locality.insiders, ())
+
+    def test_otherNodes(self) -> None:
+        """Other nodes do not matter, nor what else is in this one."""
+        self.cluster = self.make("s", configured=NodeSettings(detectLocal="node-cidr", nodePortAddresses=("primary",)))
+        self.put(node(podCIDRs=["10.244.3.0/24"], addresses=["192.0.2.7"]))
+        before = self.cluster.current()
+        self.put(node("n1", podCIDRs=["10.244.4.0/24"], addresses=["192.0.2.8"]))
+        self.put(node(podCIDRs=["10.244.3.0/24"], addresses=["192.0.2.7"], taints=[{"key": "x"}]))
+        self.assertIs(self.cluster.current(), before)
+
+    def test_hostAddresses(self) -> None:
+        """Until the Node object says its addresses, those by which the machine talks to others are taken for them."""
+        self.cluster = self.make("s", configured=NodeSettings(nodePortAddresses=("primary",)))
+
+        def at() -> tuple[str, ...]:
+            return self.cluster.current().locality.nodePorts
+
+        self.assertEqual(at(), ())
+        self.changes = 0
+        self.cluster.hostAddresses(["192.0.2.7", "2001:db8::7"])
+        self.assertEqual(at(), ("192.0.2.7/32", "2001:db8::7/128"))
+        self.cluster.hostAddresses(["2001:db8::7", "192.0.2.7"])
+        self.assertEqual(self.changes, 1)
+        self.put(node(addresses=["198.51.100.7"]))
+        self.assertEqual(at(), ("198.51.100.7/32",))
+        self.cluster.hostAddresses(["203.0.113.7"])
+        self.assertEqual(at(), ("198.51.100.7/32",))
+        self.put(node())
+        self.assertEqual(at(), ("203.0.113.7/32",))
+
+    def test_ownAddress(self) -> None:
+        """A ClusterIP that turns out to be the node's own address is served no longer; its owner's heir takes over."""
+        self.put(service(clusterIP="192.0.2.7"))
+        self.assertEqual(self.ends(), [])
+        self.put(node(addresses=["192.0.2.7"]))
+        self.assertIsNone(self.ends())
+        self.put(node(addresses=["192.0.2.8"]))
+        self.assertEqual(self.ends(), [])
+
+    def test_atOnce(self) -> None:
+        """A list of nodes counts at once, also while a long list of Services is being taken over."""
+        self.cluster = self.make("s", configured=NodeSettings(detectLocal="node-cidr"))
+        many = {f"shop/s{n}": service(f"s{n}", clusterIP=f"10.96.{n // 250}.{n % 250 + 1}") for n in range(1000)}
+        self.cluster.say(Replaced("s", "Service", many))
+        self.cluster.say(Replaced("s", "Node", {"n0": node(podCIDRs=["10.244.3.0/24"])}))
+        self.assertEqual(self.cluster._locality.insiders, ("10.244.3.0/24",))
+        self.assertEqual(len(self.cluster.current()), 1000)
+
+
+class RefusalTests(ClusterTestCase):
+    """Addresses that must not be reached."""
+
+    def reach(self, *servers: tuple[str, int], source: str = "s") -> None:
+        self.changes = 0
+        self.cluster.say(Reached(source, frozenset(servers)))
+
+    def frontends(self, name: str = "web") -> list[str]:
+        port = self.cluster.current()[portName(name)]
+        return [str(port.key(f)) for f in port.frontends]
+
+    def test_refusedTakesNothing(self) -> None:
+        """What one Service may not serve it does not keep from another that may: ownership is about what is served."""
+        self.cluster = self.make("s", configured=NodeSettings(denied=("198.51.100.0/24",)))
+        self.put(service("old", clusterIP="10.96.0.1", externalIPs=["198.51.100.7"], created="2025-01-01T00:00:00Z"))
+        self.assertEqual(self.frontends("old"), ["10.96.0.1:80/TCP"])
+        self.put(service("young", clusterIP="198.51.100.7", created="2026-01-01T00:00:00Z"))
+        self.assertEqual(self.frontends("young"), ["198.51.100.7:80/TCP"])
+        self.assertEqual(self.cluster.pending(), {})
+
+    def test_counted(self) -> None:
+        """Frontends and endpoints are counted by themselves, over all Services, and no longer when they are gone."""
+        self.put(service(externalIPs=["127.0.0.1", "224.0.0.1", "nonsense"]))
+        self.put(slice_(member("127.0.0.1"), member("10.1.0.1")))
+        self.put(service("other", clusterIP="10.96.0.11", externalIPs=["::1"]))
+        self.cluster.current()
+        self.assertEqual(self.cluster.refused(), {"frontend": 3, "endpoint": 1})
+        self.assertEqual(sum(it.refused for it in self.cluster.problems()), 4)
+        self.drop("EndpointSlice", "shop/web-1")
+        self.drop("Service", "shop/other")
+        self.cluster.current()
+        self.assertEqual(self.cluster.refused(), {"frontend": 2, "endpoint": 0})
+
+    def test_loggedOnce(self) -> None:
+        """What is refused is logged once, in one line for each object; not again when anything is resolved anew."""
+        with capturedLogs() as logged:
+            self.put(service(externalIPs=["127.0.0.1", "224.0.0.1"]))
+            self.put(slice_(member("127.0.0.1")))
+            self.cluster.current()
+            self.put(node(addresses=["192.0.2.7"], zone="a"))
+            self.cluster.current()
+            self.reach(("192.0.2.1", 6443))
+            self.cluster.current()
+            self.put(slice_(member("127.0.0.1"), member("10.1.0.1")))
+            self.put(service(externalIPs=["127.0.0.1", "224.0.0.1"], labels={"a": "b"}))
+            self.cluster.current()
+        self.assertEqual(
+            [formatEvent(it) for it in logged],
+            [
+                "Service shop/web: externalIPs: 127.0.0.1 is a loopback address; it is not served; "
+                "externalIPs: 224.0.0.1 is a multicast address; it is not served",
+                "EndpointSlice shop/web-1: endpoint 127.0.0.1 is a loopback address; it is not used",
+            ],
+        )
+
+    def test_loggedAgain(self) -> None:
+        """What is mended, and wrong again later, is told again."""
+        with capturedLogs() as logged:
+            for addresses in (["127.0.0.1"], [], ["127.0.0.1"]):
+                self.put(service(externalIPs=addresses))
+                self.cluster.current()
+        self.assertEqual(len(logged), 2)
 
 
 class QuarantineTests(ClusterTestCase):

@@ -15,6 +15,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from twisted_kproxy import config
 from twisted_kproxy.config import ApiOptions, Config, FilesOptions, HostPort, InvalidConfig, PluginOptions
 from twisted_kproxy.configvalues import readDuration, writeDuration
+from twisted_kproxy.core.locality import NodeSettings
 from twisted_kproxy.inifile import parseIni
 from twisted_kproxy.interfaces import NotAvailable
 
@@ -89,6 +90,8 @@ class LoadTests(IniCase):
             "[userspace]\nconnect-timeouts = 100ms, 1s\nudp-idle-timeout = 2m\nport-range = 36000 - 36999\n"
             "drain-timeout = 0s\n"
             "[balance]\npolicy = least-connections\n"
+            "[conntrack]\nsysctls = on\nmax-per-core = 0\nmin = 1000\ntcp-established-timeout = 120h\n"
+            "tcp-close-wait-timeout =\nudp-timeout = 1m\nudp-stream-timeout = 0s\ntcp-be-liberal = yes\n"
             "[health]\nbind =\n"
             "[metrics]\nbind = [::1]:0\n"
         )
@@ -122,6 +125,14 @@ class LoadTests(IniCase):
                 portRange=(36000, 36999),
                 drainTimeout=0.0,
                 policy="least-connections",
+                conntrackSysctls="on",
+                conntrackMaxPerCore=0,
+                conntrackMin=1000,
+                conntrackTcpEstablished=432000,
+                conntrackTcpCloseWait=0,
+                conntrackUdp=60,
+                conntrackUdpStream=0,
+                conntrackTcpBeLiberal=True,
                 healthBind=None,
                 metricsBind=HostPort("::1", 0),
             ),
@@ -158,7 +169,7 @@ class LoadTests(IniCase):
         commented = re.compile(r"^;([a-z-]+ =.*)$", re.MULTILINE)
         example = re.compile(r"^;(type|kubeconfig|watch-list) =", re.MULTILINE)
         keys = commented.findall(example.sub("# \\1:", text))
-        self.assertEqual(len(keys), 16)
+        self.assertEqual(len(keys), 35)
         self.assertEqual(self.load(commented.sub(r"\1", example.sub("# \\1:", text))), plain)
 
     def test_rendered(self) -> None:
@@ -166,7 +177,7 @@ class LoadTests(IniCase):
         before = self.load(
             "[source:b]\ntype = files\npath = x\n[source:a]\ntype = api\nin-cluster = yes\n"
             "[kproxy]\ncluster-cidr = fd00::/64\n[userspace]\nport-range = 36000-36999\n[health]\nbind =\n"
-            "[metrics]\nbind = [::1]:99\n"
+            "[metrics]\nbind = [::1]:99\n[conntrack]\ntcp-close-wait-timeout =\nudp-timeout = 30s\n"
         )
         self.assertEqual(self.load(config.render(before)), before)
 
@@ -261,6 +272,13 @@ class FaultTests(IniCase):
             ("userspace", "port-range = 1000-2000", "must lie within 1024 to 65535"),
             ("userspace", "port-range = 60000-70000", "must lie within 1024 to 65535"),
             ("userspace", "port-range = 36000", "must be FIRST-LAST"),
+            ("conntrack", "sysctls = maybe", "must be one of auto, on, off"),
+            ("conntrack", "min = -1", "must be a number from 0 to"),
+            ("conntrack", "max-per-core = 2147483648", "must be a number from 0 to"),
+            ("conntrack", "udp-timeout = 1500ms", "must be whole seconds"),
+            ("conntrack", "udp-timeout = 30", "write 30s for seconds"),
+            ("conntrack", "tcp-established-timeout = 8761h", "at most 8760h"),
+            ("conntrack", "tcp-be-liberal = maybe", "must be yes or no"),
             ("health", "bind = localhost:1", "must be ADDRESS:PORT"),
             ("health", "bind = 10256", "must be ADDRESS:PORT"),
             ("health", "bind = 300.0.0.1:1", "must be ADDRESS:PORT"),
@@ -398,6 +416,121 @@ class FaultTests(IniCase):
     def test_message(self) -> None:
         """As an exception it reads as its faults, a line each."""
         self.assertEqual(str(InvalidConfig(["one", "two"])), "one\ntwo")
+
+
+class LocalityTests(IniCase):
+    """Which addresses mean what on the node."""
+
+    def kproxy(self, *lines: str) -> Config:
+        return self.load(f"{LOCAL}[kproxy]\n" + "\n".join(lines))
+
+    def test_defaults(self) -> None:
+        """Nothing said: nobody is inside, node ports everywhere, every address may be a frontend."""
+        self.assertEqual(config.nodeSettings(self.load(LOCAL)), NodeSettings())
+        said = config.effective(self.load(LOCAL))["kproxy"]
+        self.assertEqual(
+            {key: said[key] for key in ("detect-local", "node-port-addresses", "masquerade-all", "frontend-allow")},
+            {
+                "detect-local": "cluster-cidr", "node-port-addresses": "all", "masquerade-all": "no",
+                "frontend-allow": "",
+            },
+        )
+
+    def test_everything(self) -> None:
+        """Every key can be set, and is written as it would be read."""
+        loaded = self.kproxy(
+            "detect-local = cluster-cidr", "cluster-cidr = 10.128.0.0/14", "masquerade-all = yes",
+            "node-port-addresses = primary, 192.0.2.0/24, 2001:DB8::/32, primary",
+            "frontend-allow = 198.51.100.0/24, 203.0.113.0/24, 2001:db8::/32", "frontend-deny = 198.51.100.7/32",
+        )
+        self.assertTrue(loaded.masqueradeAll)
+        self.assertEqual(
+            config.nodeSettings(loaded),
+            NodeSettings(
+                clusterCIDRs=("10.128.0.0/14",),
+                nodePortAddresses=("primary", "192.0.2.0/24", "2001:db8::/32"),
+                allowed=("198.51.100.0/24", "203.0.113.0/24", "2001:db8::/32"),
+                denied=("198.51.100.7/32",),
+            ),
+        )
+        self.assertEqual(config.nodeSettings(self.load(config.render(loaded))), config.nodeSettings(loaded))
+
+    def test_ways(self) -> None:
+        """Each way to tell pods has what it needs."""
+        for lines, expected in (
+            (["detect-local = node-cidr"], NodeSettings("node-cidr")),
+            (["detect-local = bridge", "pod-bridge = cni0"], NodeSettings("bridge", podInterface="cni0")),
+            (
+                ["detect-local = interface-prefix", "pod-interface-prefix = veth", "pod-bridge ="],
+                NodeSettings("interface-prefix", podInterface="veth"),
+            ),
+            (["detect-local = cluster-cidr"], NodeSettings()),
+            (["detect-local = node-cidr", "cluster-cidr ="], NodeSettings("node-cidr")),
+        ):
+            self.assertEqual(config.nodeSettings(self.kproxy(*lines)), expected)
+
+    def test_contradictions(self) -> None:
+        """A way without what it needs, and what belongs to another way, are faults; each is told once."""
+        for lines, expected in (
+            ("detect-local = bridge", "5: [kproxy] detect-local = bridge: needs pod-bridge"),
+            (
+                "pod-bridge =\ndetect-local = bridge",
+                "6: [kproxy] detect-local = bridge: needs pod-bridge",
+            ),
+            (
+                "detect-local = interface-prefix",
+                "5: [kproxy] detect-local = interface-prefix: needs pod-interface-prefix",
+            ),
+            (
+                "pod-bridge = cni0",
+                "5: [kproxy] pod-bridge = cni0: goes with detect-local = bridge, not with cluster-cidr: remove it",
+            ),
+            (
+                "detect-local = node-cidr\ncluster-cidr = 10.0.0.0/8",
+                "6: [kproxy] cluster-cidr = 10.0.0.0/8: goes with detect-local = cluster-cidr, not with node-cidr: "
+                "remove it",
+            ),
+            (
+                "detect-local = bridge\npod-bridge = cni0\npod-interface-prefix = veth",
+                "7: [kproxy] pod-interface-prefix = veth: goes with detect-local = interface-prefix, not with bridge: "
+                "remove it",
+            ),
+            # What is at fault itself is not judged any further.
+            ("detect-local = bridge\npod-bridge = a/b", "6: [kproxy] pod-bridge = a/b: must be the name of an inter"),
+            ("detect-local = pods\npod-bridge = cni0", "5: [kproxy] detect-local = pods: must be one of cluster-cidr"),
+        ):
+            fault = self.userFault("kproxy", lines)
+            self.assertTrue(fault.startswith(expected), fault)
+        both = self.faults(f"{LOCAL}[kproxy]\ndetect-local = bridge\npod-interface-prefix = veth\n")
+        self.assertEqual(len(both), 2, both)
+
+    def test_values(self) -> None:
+        """Each sort of value is judged, and the fault says what is allowed."""
+        interface = "must be the name of an interface: at most 15 characters, without blanks, / : * + % and !"
+        for line, expected in (
+            ("detect-local = cidr", "must be one of cluster-cidr, node-cidr, bridge, interface-prefix"),
+            (f"pod-bridge = {'b' * 16}", interface),
+            ("pod-bridge = cni 0", interface),
+            ("pod-interface-prefix = cali+", interface),
+            ("pod-interface-prefix = cali*", interface),
+            ("masquerade-all = all", "must be yes or no"),
+            ("node-port-addresses =", "has an empty item: write networks as 10.128.0.0/14, fd00:10::/48; or say one"),
+            ("node-port-addresses = primary,,all", "has an empty item"),
+            ("node-port-addresses = Primary", "Primary has no prefix length"),
+            ("node-port-addresses = localhst", "or say one of primary, localhost, all"),
+            ("node-port-addresses = 192.0.2.7", "has no prefix length"),
+            ("node-port-addresses = 192.0.2.7/24", "has bits set after its prefix: write 192.0.2.0/24"),
+            ("node-port-addresses = pods/8", "pods/8 is no network"),
+            ("frontend-allow = 10.0.0.1/8", "write 10.0.0.0/8"),
+            ("frontend-allow = 10.0.0.0/8,", "has an empty item"),
+            ("frontend-allow = all", "all has no prefix length"),
+            ("frontend-deny = 127.0.0.1", "has no prefix length"),
+            ("frontend-deny = ::/0/0", "is no network"),
+            ("frontend-deny = ,", "has an empty item"),
+        ):
+            fault = self.userFault("kproxy", line)
+            self.assertTrue(fault.startswith(f"5: [kproxy] {line}: "), fault)
+            self.assertIn(expected, fault)
 
 
 class CheckFilesTests(IniCase):

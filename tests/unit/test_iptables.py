@@ -8,6 +8,7 @@ from typing import Any
 from unittest.mock import patch
 
 import msgspec
+from msgspec import structs
 from twisted.internet.error import ProcessDone, ProcessExitedAlready, ProcessTerminated
 from twisted.internet.task import Clock
 from twisted.logger import LogEvent, globalLogPublisher
@@ -16,7 +17,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from zope.interface.verify import verifyObject
 
 from tests.shared.writers import SAMPLE, key, same, to
-from twisted_kproxy.core.rules import Delta, Guard, Ruleset
+from twisted_kproxy.core.rules import Delta, Guard, Rule, Ruleset, deltaBetween
 from twisted_kproxy.core.values import Locality
 from twisted_kproxy.interfaces import IRuleWriter, NotAvailable, RulesRejected
 from twisted_kproxy.netfilter import iptworker
@@ -466,10 +467,16 @@ class WireTests(SynchronousTestCase):
 
     def test_rulesets(self) -> None:
         """Rulesets and steps come through as they are."""
-        request = Request("replace", list(SAMPLE.rules.items()), SAMPLE.guards, insiders=SAMPLE.locality.insiders)
-        self.assertEqual(decodeRequest(framed(request)[4:]).ruleset(), SAMPLE)
+        everything = structs.replace(
+            SAMPLE,
+            rules={**SAMPLE.rules, key("203.0.113.9", 1): Rule("drop", "reject", ("198.51.100.0/24",))},
+            clusterIPs=frozenset({"10.96.0.10", "fd00:10:96::10"}),
+            locality=Locality(("10.0.0.0/8",), ("cali*",), ("192.0.2.0/24",), ("10.96.0.0/12",)),
+        )
+        for ruleset in (SAMPLE, everything, Ruleset()):
+            self.assertEqual(decodeRequest(framed(Request.replacing(ruleset))[4:]).ruleset(), ruleset)
+            self.assertEqual(decodeReply(framed(Reply.adopting(ruleset))[4:]).ruleset(), ruleset)
+            for step in (deltaBetween(ruleset, SAMPLE), deltaBetween(SAMPLE, ruleset)):
+                self.assertEqual(decodeRequest(framed(Request.applying(step))[4:]).delta(), step)
         self.assertEqual(decodeRequest(framed(Request("apply"))[4:]).delta(), Delta())
-        insiders = SAMPLE.locality.insiders
-        reply = Reply(adopted=True, rules=list(SAMPLE.rules.items()), guards=SAMPLE.guards, insiders=insiders)
-        self.assertEqual(decodeReply(framed(reply)[4:]).ruleset(), SAMPLE)
         self.assertIsNone(decodeReply(framed(Reply())[4:]).ruleset())

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from msgspec import structs
 from twisted.trial.unittest import SkipTest, SynchronousTestCase
 
 from tests.shared.writers import NODE6, SAMPLE, key, many, same, to
-from twisted_kproxy.core.rules import Delta, Guard, Ruleset
-from twisted_kproxy.netfilter.xtlayout import CHAINS, GUARD, HOOKS, JUMPS, render
+from twisted_kproxy.core.rules import Delta, Guard, Ruleset, applied
+from twisted_kproxy.core.values import FAMILIES, Locality
+from twisted_kproxy.netfilter.xtlayout import CHAINS, CLUSTER_IPS, GUARD, HOOKS, JUMPS, NO_PORT, REFUSE, render
 from twisted_kproxy.netfilter.xtwire import Reply, Request
 
 try:
-    from twisted_kproxy.netfilter import xtedits, xtengine, xttables
+    from twisted_kproxy.netfilter import xtengine, xttables
     from twisted_kproxy.netfilter.xtcheck import Checked
 except Exception as error:
     unavailable = f"python-iptables cannot be used here: {error}"
@@ -66,7 +68,16 @@ class FakeTable:
         return [(data, "") for data in self.edited[chain]]
 
     def content(self) -> dict[str, list[bytes]] | None:
-        return {chain: list(entries) for chain, entries in self.edited.items()} or None
+        return {chain: list(self.edited.get(chain, ())) for chain in CHAINS[self.name]} if self.edited else None
+
+    def isOlder(self) -> bool:
+        return not set(CHAINS[self.name]) <= self.edited.keys()
+
+    def normalised(self, chain: str) -> list[bytes]:
+        return list(self.edited[chain])
+
+    def normal(self, data: bytes, target: str) -> bytes:
+        return data
 
     def jumpsStand(self) -> bool:
         return self.jumpsAreRight
@@ -74,6 +85,10 @@ class FakeTable:
     def append(self, chain: str, entries: list[bytes]) -> None:
         self.dirty = self.dirty or bool(entries)
         self.edited[chain] += entries
+
+    def prepend(self, chain: str, data: bytes) -> None:
+        self.dirty = True
+        self.edited[chain].insert(0, data)
 
     def delete(self, chain: str, entries: list[bytes]) -> None:
         for data in entries:
@@ -140,7 +155,6 @@ class EngineTests(SynchronousTestCase):
         self.patch(xttables, "Lock", FakeLock)
         self.patch(xttables, "tableNames", self.kernel.names)
         self.patch(xttables, "counts", self.kernel.counts)
-        self.patch(xtedits, "normalised", lambda family, data: data)
         self.checked = Checked({}, {}, True)
         self.patch(xtengine, "run", lambda: self.checked)
         self.waits: list[float] = []
@@ -157,18 +171,12 @@ class EngineTests(SynchronousTestCase):
         return reply
 
     def replace(self, ruleset: Ruleset) -> Reply:
-        return self.serve(
-            "replace", rules=list(ruleset.rules.items()), guards=ruleset.guards, insiders=ruleset.locality.insiders
-        )
+        reply: Reply = self.engine.serve(Request.replacing(ruleset))
+        return reply
 
     def apply(self, delta: Delta) -> Reply:
-        return self.serve(
-            "apply",
-            rules=list(delta.rules.items()),
-            guards=delta.guardsAdded,
-            guardsRemoved=delta.guardsRemoved,
-            insiders=delta.locality.insiders if delta.locality is not None else None,
-        )
+        reply: Reply = self.engine.serve(Request.applying(delta))
+        return reply
 
     def inForce(self) -> Ruleset | None:
         """Read by another worker."""
@@ -337,9 +345,71 @@ class EngineTests(SynchronousTestCase):
         """Families that were written at different times are not taken for one ruleset."""
         self.replace(SAMPLE)
         old = self.kernel.table("IPv6", "nat").committed
-        self.replace(Ruleset(SAMPLE.rules, SAMPLE.guards, ("10.0.0.0/8",)))
+        self.replace(structs.replace(SAMPLE, locality=Locality(("10.0.0.0/8",))))
         self.kernel.table("IPv6", "nat").committed = old
         self.assertIsNone(self.inForce())
+
+    def test_earlierVersion(self) -> None:
+        """
+        What a version without chains for ClusterIPs has left is taken over, and the first step adds what is missing
+        and nothing else.
+        """
+        old = structs.replace(
+            SAMPLE,
+            rules={it: rule for it, rule in SAMPLE.rules.items() if rule.sources is None},
+            clusterIPs=frozenset(),
+            locality=Locality(("10.0.0.0/8",)),
+        )
+        self.replace(old)
+        for family in FAMILIES:
+            filters = self.kernel.table(family, "filter").committed
+            assert filters is not None
+            for chain in (CLUSTER_IPS, NO_PORT):
+                self.assertEqual(filters.pop(chain), [])
+        self.engine = self.newEngine()
+        self.assertEqual(self.serve("adopt").ruleset(), old)
+        self.assertEqual(self.serve("peek", full=True), Reply(known=True))
+        self.kernel.commits.clear()
+        step = Delta(clusterIPsAdded=frozenset({"10.96.0.10", "fd00:10:96::10"}))
+        self.assertEqual(self.apply(step).error, "")
+        self.assertEqual(self.kernel.commits, ["IPv4 filter", "IPv6 filter"])
+        self.assertEqual(self.inForce(), applied(old, step))
+        self.kernel.commits.clear()
+        self.assertEqual(self.apply(Delta({key("10.96.0.10", 80): None})).error, "")
+        self.assertEqual(self.kernel.commits, ["IPv4 nat"])
+
+    def test_clusterIPs(self) -> None:
+        """A ClusterIP that comes or goes takes one rule of filter; so does a frontend that is refused, before it."""
+        self.replace(SAMPLE)
+        filters = self.kernel.table("IPv4", "filter")
+        before = dict(filters.committed or {})
+        self.kernel.commits.clear()
+        for step in (
+            Delta(clusterIPsAdded=frozenset({"10.96.0.77", "203.0.113.77"})),
+            Delta({key("10.96.0.77", 1): same("drop"), key("203.0.113.77", 1): same("drop")}),
+        ):
+            self.assertEqual(self.apply(step).error, "")
+        self.assertEqual(self.kernel.commits, ["IPv4 filter", "IPv4 nat", "IPv4 filter"])
+        after = filters.committed or {}
+        self.assertEqual(after[CLUSTER_IPS][:-1], before[CLUSTER_IPS])
+        self.assertEqual(after[REFUSE][2:-1], before[REFUSE])
+        gone = frozenset({"10.96.0.77", "203.0.113.77"})
+        self.apply(Delta({key("10.96.0.77", 1): None, key("203.0.113.77", 1): None}, clusterIPsRemoved=gone))
+        self.assertEqual(self.inForce(), SAMPLE)
+        self.assertEqual(filters.committed, before)
+
+    def test_missingFamilyOfServices(self) -> None:
+        """A network of ClusterIPs in a family that this machine cannot have is left alone; a ClusterIP is refused."""
+        self.checked = Checked({"IPv6": "no ip6_tables here"}, {}, True)
+        four = Ruleset({key("10.96.0.10", 80): same(to(1))}, locality=Locality(services=("10.96.0.0/16", "fd00::/112")))
+        self.assertEqual(self.replace(four).error, "")
+        self.assertEqual(self.inForce(), four)
+        self.assertIsNone(self.kernel.table("IPv6", "filter").committed)
+        error = self.apply(Delta(clusterIPsAdded=frozenset({"fd00::1"}))).error
+        self.assertEqual(error, "ClusterIP fd00::1: no ip6_tables here")
+        self.kernel.commits.clear()
+        self.assertEqual(self.apply(Delta({key("10.96.0.10", 80): None})).error, "")
+        self.assertEqual(self.kernel.commits, ["IPv4 nat"])
 
     def test_unknownCall(self) -> None:
         """A call that nobody knows is an error."""

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import random
 import struct
+from collections.abc import Callable
+from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 from twisted.trial.unittest import SynchronousTestCase
 
 from tests.shared.writers import NODE4, NODE6, SAMPLE, key, many, same, to
 from twisted_kproxy.core.rules import Delta, Guard, Rule, Ruleset, Target, applied, deltaBetween
-from twisted_kproxy.core.values import FAMILIES, Family, FrontendKey, Locality
+from twisted_kproxy.core.values import EVERYWHERE, FAMILIES, Family, FrontendKey, Locality
+from twisted_kproxy.netfilter.ruleset import Invalid
 from twisted_kproxy.netfilter.xtbytes import (
     ACCEPT,
     DROP,
@@ -28,21 +32,26 @@ from twisted_kproxy.netfilter.xtbytes import (
 )
 from twisted_kproxy.netfilter.xtlayout import (
     CHAINS,
+    CLUSTER_IPS,
     GUARD,
     INSIDERS,
     JUMPS,
+    NO_PORT,
     PORTALS_CONTAINER,
     PORTALS_HOST,
     REFUSE,
     TABLES,
     Content,
-    Invalid,
-    check,
-    insidersOf,
-    reconstruct,
+    Place,
+    frontendOf,
+    placeOf,
     render,
     ruleEntries,
 )
+from twisted_kproxy.netfilter.xtread import joined, reconstruct
+from twisted_kproxy.netfilter.xtsteps import editsOf, flat, mendOf
+from twisted_kproxy.netfilter.xttext import entryOf, textOf
+from twisted_kproxy.netfilter.xtvalid import check
 
 #: What libxtables 1.8.9 makes of ``-s 10.1.0.0/16 -d 10.0.0.1 -p tcp -m comment --comment "kproxy x" -m tcp --dport 80
 #: -j DNAT --to-destination 192.168.0.9:4000``.
@@ -93,6 +102,30 @@ class BytesTests(SynchronousTestCase):
         """So is a guard of IPv6."""
         entry = Entry("IPv6", "kproxy x", RESET, protocol="TCP", port=80, state="!DNAT")
         self.assertEqual(pack(entry).hex(), GUARD6)
+
+    def test_interface(self) -> None:
+        """An interface, whole and as a prefix, is as ``xtables_parse_interface`` has it, and comes back."""
+        for name, text, mask in (
+            ("cbr0", b"cbr0", b"\xff" * 5),
+            ("cali+", b"cali+", b"\xff" * 4),
+            ("a" * 15, b"a" * 15, b"\xff" * 16),
+        ):
+            for family, at in (("IPv4", 16), ("IPv6", 64)):
+                entry = Entry(family, "kproxy x", RETURN, interface=name)  # type: ignore[arg-type]
+                data = pack(entry)
+                self.assertEqual(data[at : at + 16], text.ljust(16, b"\0"))
+                self.assertEqual(data[at + 32 : at + 48], mask.ljust(16, b"\0"))
+                self.assertEqual(parse(family, data), entry)  # type: ignore[arg-type]
+
+    def test_destinationNetwork(self) -> None:
+        """A destination may be a network, and a protocol may be without a port."""
+        for entry in (
+            Entry("IPv4", "kproxy x", DROP, destination="10.96.0.0/16"),
+            Entry("IPv6", "kproxy x", RESET, destination="fd00:10:96::/112", protocol="TCP"),
+            Entry("IPv4", "kproxy x", "KPROXY-NO-PORT", destination="10.96.0.10"),
+        ):
+            self.assertEqual(parse(entry.family, pack(entry)), entry)
+            self.assertEqual(entryOf(entry.family, textOf(entry)), entry)
 
     def test_sizes(self) -> None:
         """Offsets and sizes are consistent and aligned, whatever the shape."""
@@ -156,17 +189,25 @@ def allBytes(ruleset: Ruleset, family: Family) -> list[bytes]:
 
 def both(ruleset: Ruleset) -> Ruleset:
     """Rendered and read back, family by family."""
-    rules: dict[FrontendKey, Rule] = {}
-    guards: set[Guard] = set()
-    for family in FAMILIES:
-        found = reconstruct(family, render(ruleset, family))
-        rules.update(found.rules)
-        guards.update(found.guards)
-    return Ruleset(rules, frozenset(guards), locality=found.locality)
+    found = joined({family: reconstruct(family, render(ruleset, family)) for family in FAMILIES})
+    assert found is not None
+    return found
 
 
 _verdicts = st.sampled_from(["reject", "drop", to(1), to(2)])
-_rules = st.builds(Rule, _verdicts, _verdicts)
+_sources = st.sampled_from(
+    [
+        None,
+        (),
+        ("0.0.0.0/0",),
+        ("10.0.0.0/8",),
+        ("10.1.2.0/24", "192.0.2.1/32"),
+        ("0.0.0.0/1", "128.0.0.0/2"),
+        ("255.255.255.255/32",),
+        ("198.51.100.0/24", "203.0.113.0/25", "203.0.113.200/32"),
+    ]
+)
+_rules = st.builds(Rule, _verdicts, _verdicts, _sources)
 _keys = st.builds(
     FrontendKey,
     st.just("IPv4"),
@@ -179,6 +220,34 @@ _guards = st.builds(
 )
 _insiders = st.sampled_from(
     [(), ("10.0.0.0/8",), ("0.0.0.0/0",), ("fd00::/8", "10.1.0.0/16", "10.0.0.0/16"), ("::/0",)]
+)
+_links = st.sampled_from([(), ("cbr0",), ("cali*",), ("a" * 15, "a" * 15 + "*", "a" * 14 + "*", "eth0.7", "#x@y")])
+_nodePorts = st.sampled_from(
+    [
+        EVERYWHERE,
+        (),
+        ("192.0.2.2/32",),
+        ("10.0.0.0/8", "127.0.0.0/8", "::1/128"),
+        ("0.0.0.0/0",),
+        ("::/0",),
+        ("255.255.255.255/32", "::/0"),
+    ]
+)
+_services = st.sampled_from(
+    [(), ("10.96.0.0/24",), ("10.96.0.1/32", "10.97.0.0/16", "fd00:10:96::/112"), ("0.0.0.0/0",)]
+)
+_localities = st.builds(Locality, _insiders, _links, _nodePorts, _services)
+_clusterIPs = st.frozensets(st.sampled_from(["10.96.0.1", "10.96.0.2", "10.97.0.1", "192.0.2.9"]))
+
+
+_rulesets = st.builds(
+    Ruleset,
+    st.dictionaries(_keys, _rules, max_size=6).map(
+        lambda rules: {it: rule if it.address else Rule(rule.outside, rule.inside) for it, rule in rules.items()}
+    ),
+    st.frozensets(_guards, max_size=3),
+    _clusterIPs,
+    _localities,
 )
 
 
@@ -196,19 +265,35 @@ class LayoutTests(SynchronousTestCase):
         self.assertEqual(deltaBetween(SAMPLE, both(SAMPLE)), Delta())
         self.assertEqual(both(many(500)), many(500))
 
-    @given(
-        st.dictionaries(_keys, _rules, max_size=6), st.frozensets(_guards, max_size=3), _insiders, st.randoms()
-    )  # fmt: skip
-    @settings(deadline=None, max_examples=150)
-    def test_anyRuleset(
-        self, rules: dict[FrontendKey, Rule], guards: frozenset[Guard], insiders: tuple[str, ...], draw: random.Random
-    ) -> None:
-        """Any ruleset comes back, in whatever order its frontends were written."""
-        ruleset = Ruleset(rules, guards, locality=Locality(insiders))
-        order = list(rules.items())
+    @given(_rulesets, st.randoms())
+    @settings(deadline=None, max_examples=300)
+    def test_anyRuleset(self, ruleset: Ruleset, draw: random.Random) -> None:
+        """Any ruleset comes back, in whatever order its frontends were written, as bytes and as text."""
+        check(ruleset)
+        order = list(ruleset.rules.items())
         draw.shuffle(order)
-        shuffled = Ruleset(dict(order), guards, insiders)
+        shuffled = structs.replace(ruleset, rules=dict(order))
         self.assertEqual(reconstruct("IPv4", render(shuffled, "IPv4")), ruleset)
+        texts = render(shuffled, "IPv4", textOf)
+        self.assertEqual(reconstruct("IPv4", mapped(texts, lambda text: pack(entryOf("IPv4", text)))), ruleset)
+
+    @given(_rulesets, _rulesets)
+    @settings(deadline=None, max_examples=200)
+    def test_anyStep(self, old: Ruleset, other: Ruleset) -> None:
+        """The edits of any step lead to the chains of what it comes to, and mending does so from anywhere."""
+        new = structs.replace(other, locality=old.locality)
+        delta = deltaBetween(old, new)
+        content = copied(render(old, "IPv4"))
+        it = editsOf("IPv4", old, new, delta, pack)
+        edited(content, it.natGone + it.filterGone, it.filterFirst, it.guardsNew + it.natNew + it.filterNew)
+        self.assertEqual(reconstruct("IPv4", content), new)
+        content, wanted = copied(render(old, "IPv4")), render(other, "IPv4")
+        for table in TABLES:
+            mend = mendOf(content.of(table), wanted.of(table), lambda chain, it: frontendOf(chain, parse("IPv4", it)))
+            for chain in mend.whole:
+                content.of(table)[chain][:] = wanted.of(table)[chain]
+            edited(content, flat(mend.gone), flat(mend.first), flat(mend.come))
+        self.assertEqual(reconstruct("IPv4", content), other)
 
     def test_damage(self) -> None:
         """Whichever one rule is missing, doubled or moved to another chain: the rest is not taken for a ruleset."""
@@ -257,7 +342,7 @@ class LayoutTests(SynchronousTestCase):
 
     def test_insideFirst(self) -> None:
         """Insiders' rules come before the one for everybody; the node's own have a chain of their own."""
-        own = insidersOf("IPv4", ("10.1.0.0/16", "fd00::/8", "10.2.0.0/16"))
+        own = placeOf("IPv4", Locality(("10.1.0.0/16", "fd00::/8", "10.2.0.0/16")))
         entries = list(ruleEntries(key("203.0.113.5", 80), Rule(to(1), to(2)), own))
         self.assertEqual(
             [(chain, entry.source, entry.target) for _, chain, entry in entries],
@@ -269,6 +354,99 @@ class LayoutTests(SynchronousTestCase):
             ],
         )
 
+    def test_sources(self) -> None:
+        """
+        Who is in the source ranges is led, insiders to where insiders are; everybody else is left unrewritten, and
+        dropped.
+        """
+        place = placeOf("IPv4", Locality(("10.1.0.0/16", "10.2.0.0/16"), ("cali*",)))
+        rule = Rule(to(1), to(2), ("10.2.0.0/24", "203.0.113.0/24"))
+        found = [
+            (chain, entry.interface, entry.source, entry.target)
+            for _, chain, entry in ruleEntries(key("198.51.100.5", 80), rule, place)
+        ]
+        self.assertEqual(
+            found,
+            [
+                (PORTALS_CONTAINER, "", "10.2.0.0/24", to(2)),
+                (PORTALS_CONTAINER, "cali+", "10.2.0.0/24", to(2)),
+                (PORTALS_CONTAINER, "cali+", "203.0.113.0/24", to(2)),
+                (PORTALS_CONTAINER, "", "10.2.0.0/24", to(1)),
+                (PORTALS_CONTAINER, "", "203.0.113.0/24", to(1)),
+                (PORTALS_CONTAINER, "", "", ACCEPT),
+                (PORTALS_HOST, "", "10.2.0.0/24", to(2)),
+                (PORTALS_HOST, "", "203.0.113.0/24", to(2)),
+                (PORTALS_HOST, "", "", ACCEPT),
+                (REFUSE, "", "", DROP),
+            ],
+        )
+
+    def test_nobody(self) -> None:
+        """A frontend for nobody has rules for a source that no packet has, so that its verdicts can be read back."""
+        entries = [it for _, _, it in ruleEntries(key("198.51.100.5", 80), Rule(to(1), to(1), ()), Place())]
+        self.assertEqual({it.source for it in entries if it.target == to(1)}, {"255.255.255.255/32"})
+        self.assertEqual({it.comment for it in entries}, {"kproxy 198.51.100.5:80/TCP for nobody"})
+
+    def test_refusedSources(self) -> None:
+        """Who is in the ranges is refused as the verdict has it, everybody else is dropped."""
+        rule, place = Rule("reject", "drop", ("203.0.113.0/24",)), placeOf("IPv4", Locality(("203.0.113.7/32",)))
+        found = [
+            (entry.sourceLocal, entry.source, entry.target)
+            for _, chain, entry in ruleEntries(key("198.51.100.5", 80), rule, place)
+            if chain == REFUSE
+        ]
+        self.assertEqual(
+            found,
+            [
+                (True, "203.0.113.0/24", DROP),
+                (False, "203.0.113.7/32", DROP),
+                (False, "203.0.113.0/24", RESET),
+                (False, "", DROP),
+            ],
+        )
+
+    def test_nodePorts(self) -> None:
+        """Node ports have their rules once for each network, and service addresses are as they were."""
+        place = placeOf("IPv4", Locality(nodePorts=("127.0.0.0/8", "192.0.2.2/32", "::1/128")))
+        for rule, target in ((same(to(1)), to(1)), (same("drop"), DROP)):
+            entries = [it for _, _, it in ruleEntries(key("", 30080), rule, place)]
+            self.assertEqual({it.target for it in entries}, {target})
+            self.assertEqual({it.destination for it in entries}, {"127.0.0.0/8", "192.0.2.2"})
+        here, everywhere = (list(ruleEntries(key("10.96.0.1", 80), same(to(1)), it)) for it in (place, Place()))
+        self.assertEqual(here, everywhere)
+        self.assertEqual(placeOf("IPv6", Locality(nodePorts=("192.0.2.2/32",))).nodePorts, ("ff00::",))
+
+    def test_nothingForNothing(self) -> None:
+        """Who uses none of it has none of its rules."""
+        plain = Ruleset(SAMPLE.rules, SAMPLE.guards, locality=TEN)
+        for family in FAMILIES:
+            content = render(plain, family, lambda entry: entry)
+            self.assertEqual((content.filter[CLUSTER_IPS], content.filter[NO_PORT]), ([], []))
+            self.assertEqual([it for it in content.filter[REFUSE] if it.protocol is None], [])
+            entries = [it for table in TABLES for its in content.of(table).values() for it in its]
+            self.assertEqual([it for it in entries if it.interface or "/" in it.destination], [])
+
+    def test_clusterIPs(self) -> None:
+        """Those in a known network are passed by who sends there only; each has one rule."""
+        locality = Locality(services=("10.96.0.0/16", "fd00:10:96::/112"))
+        ruleset = Ruleset(clusterIPs=frozenset({"10.96.0.1", "10.97.0.1", "fd00:10:96::1"}), locality=locality)
+        content = render(ruleset, "IPv4", lambda entry: entry)
+        self.assertEqual([(it.destination, it.target) for it in content.filter[CLUSTER_IPS]], [("10.96.0.1", NO_PORT)])
+        self.assertEqual(
+            [(it.destination, it.target) for it in content.filter[REFUSE]],
+            [*(("10.96.0.0/16", target) for target in (CLUSTER_IPS, RETURN, DROP)), ("10.97.0.1", NO_PORT)],
+        )
+        self.assertEqual([(it.protocol, it.target) for it in content.filter[NO_PORT]], [("TCP", RESET), (None, REJECT)])
+
+    def test_outOfOrder(self) -> None:
+        """A frontend's rule behind those for all protocols, or a refusal that is never reached, is no ruleset."""
+        locality = Locality(services=("10.96.0.0/16",))
+        ruleset = Ruleset({key("10.96.0.1", 80): same("drop")}, clusterIPs=frozenset({"10.96.0.1"}), locality=locality)
+        for chain in (REFUSE, NO_PORT):
+            content = render(ruleset, "IPv4")
+            content.filter[chain].reverse()
+            self.assertRaises(UnknownBytes, reconstruct, "IPv4", content)
+
     def test_guardBeforeAccept(self) -> None:
         """A guard refuses what no rule led there."""
         content = render(Ruleset(guards=frozenset({Guard("IPv4", "UDP", 4000)})), "IPv4")
@@ -278,8 +456,9 @@ class LayoutTests(SynchronousTestCase):
 
     def test_everybodyIsInside(self) -> None:
         """A pod network of everything is still a condition that can be told from none."""
-        self.assertEqual(insidersOf("IPv4", ("0.0.0.0/0",)), ("0.0.0.0/1", "128.0.0.0/1"))
-        self.assertEqual(insidersOf("IPv6", ("::/0",)), ("::/1", "8000::/1"))
+        everything = Locality(("0.0.0.0/0", "::/0"))
+        self.assertEqual(placeOf("IPv4", everything), Place(("0.0.0.0/1", "128.0.0.0/1")))
+        self.assertEqual(placeOf("IPv6", everything), Place(("::/1", "8000::/1")))
 
     def test_check(self) -> None:
         """What the kernel could not take is refused by name."""
@@ -294,7 +473,16 @@ class LayoutTests(SynchronousTestCase):
             ("a\0b", Ruleset({key("a\0b", 80): same("drop")})),
             ("10.0.0.1/8", Ruleset(locality=Locality(("10.0.0.1/8",)))),
             ("guard", Ruleset(guards=frozenset({Guard("IPv4", "TCP", 65536)}))),
+            ("10.0.0.1/8", Ruleset(locality=Locality(nodePorts=("10.0.0.1/8",)))),
+            ("ClusterIPs 'x'", Ruleset(locality=Locality(services=("x",)))),
+            ("010.96.0.1", Ruleset(clusterIPs=frozenset({"010.96.0.1"}))),
+            ("must be written", Ruleset(clusterIPs=frozenset({"fd00::0:1"}))),
+            ("unspecified", Ruleset(clusterIPs=frozenset({"::"}))),
+            ("203.0.113.5:80/TCP, '10.0.0.1/8'", Ruleset({key("203.0.113.5", 80): same("drop", ("10.0.0.1/8",))})),
+            ("another family", Ruleset({key("203.0.113.5", 80): same("drop", ("fd00::/8",))})),
         ]
+        links = ("", "*", "a b", "a+", "é", "a" * 16)
+        bad += [(repr(it), Ruleset(locality=Locality(insiderLinks=(it,)))) for it in links]
         for word, ruleset in bad:
             error = self.assertRaises(Invalid, check, ruleset)
             self.assertIn(word, str(error))
@@ -305,8 +493,28 @@ class LayoutTests(SynchronousTestCase):
         self.assertEqual(both(applied(SAMPLE, step)), applied(SAMPLE, step))
 
 
-def copied(content: Content) -> Content:
+def mapped(content: Content[Any], form: Callable[[Any], Any]) -> Content[Any]:
     return Content(
-        {chain: list(entries) for chain, entries in content.nat.items()},
-        {chain: list(entries) for chain, entries in content.filter.items()},
+        {chain: [form(it) for it in entries] for chain, entries in content.nat.items()},
+        {chain: [form(it) for it in entries] for chain, entries in content.filter.items()},
     )
+
+
+def copied(content: Content[Any]) -> Content[Any]:
+    return mapped(content, lambda it: it)
+
+
+def edited(
+    content: Content[bytes],
+    gone: list[tuple[str, bytes]],
+    first: list[tuple[str, bytes]],
+    come: list[tuple[str, bytes]],
+) -> None:
+    """What the writers do with a step."""
+    chains = {**content.nat, **content.filter}
+    for chain, data in gone:
+        chains[chain].remove(data)
+    for chain, data in reversed(first):
+        chains[chain].insert(0, data)
+    for chain, data in come:
+        chains[chain].append(data)

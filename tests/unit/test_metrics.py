@@ -483,6 +483,16 @@ class StateTests(MetricsCase):
         self.assertEqual(self.value("kproxy_quarantined_objects", kind="Node"), 1)
         self.assertIsNone(self.value("kproxy_quarantined_objects", kind="Service"))
 
+    def test_refused(self) -> None:
+        """Addresses that must not be reached are counted by what they would be, as they are when asked."""
+        self.assertIsNone(self.value("kproxy_refused_addresses", what="frontend"))
+        refused = {"frontend": 2, "endpoint": 0}
+        self.metrics.watchRefused(lambda: refused)
+        self.assertEqual(self.value("kproxy_refused_addresses", what="frontend"), 2)
+        self.assertEqual(self.value("kproxy_refused_addresses", what="endpoint"), 0)
+        refused["endpoint"] = 3
+        self.assertEqual(self.value("kproxy_refused_addresses", what="endpoint"), 3)
+
     def test_loopLag(self) -> None:
         """A timer that runs late shows how late; stopped, it leaves no timer behind."""
         clock = Clock()

@@ -6,6 +6,7 @@ import errno
 import os
 import socket
 import struct
+from collections.abc import Sequence
 from ipaddress import ip_address
 
 from hypothesis import given
@@ -14,7 +15,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from tests.shared.writers import SAMPLE, key, many, same, to
 from twisted_kproxy.core.rules import Guard, Ruleset
-from twisted_kproxy.netfilter import netlink, nftelements
+from twisted_kproxy.netfilter import netlink, nftelements, nftreading
 from twisted_kproxy.netfilter.netlink import (
     HEADER,
     NLM_F_ACK,
@@ -30,7 +31,18 @@ from twisted_kproxy.netfilter.netlink import (
     attributes,
     messages,
 )
-from twisted_kproxy.netfilter.nftlayout import MAPS, SETS, Step, Unreadable, gathered, placed, wholeStep
+from twisted_kproxy.netfilter.nftlayout import (
+    CLUSTER_IPS,
+    MAPS,
+    SETS,
+    Allowed,
+    Element,
+    Step,
+    Unreadable,
+    gathered,
+    placed,
+    wholeStep,
+)
 
 
 class FakeSocket:
@@ -231,10 +243,10 @@ class ElementTests(SynchronousTestCase):
             self.assertLess(len(payload), 65536)
             if kind == nftelements.NEWSETELEM:
                 name = dict(attributes(payload, 4))[2][:-1].decode()
-                for where, what, _ends in nftelements.elementsIn(payload[4:]):
+                for where, what, _ends, _last in nftreading.elementsIn(payload[4:]):
                     found.setdefault(name, []).append((where, what))
         elements = [
-            (name, *nftelements.decodeMap(name, *it)) for name, some in found.items() if name in MAPS for it in some
+            (name, *nftreading.decodeMap(name, *it)) for name, some in found.items() if name in MAPS for it in some
         ]
         self.assertEqual(gathered(elements), ruleset.rules)
         self.assertEqual([number for number, flag in flags.items() if flag & NLM_F_ACK], [last])
@@ -242,13 +254,19 @@ class ElementTests(SynchronousTestCase):
     def test_decodeEach(self) -> None:
         """Every element of the sample is read as it was written."""
         for where, rule in SAMPLE.rules.items():
-            for name, value in placed(where, rule):
-                one = nftelements.element(nftelements.keyBytes(where), nftelements.valueBytes(value))
-                [(raw, data, ends)] = nftelements.elementsIn(attribute(3, one))
-                self.assertEqual((nftelements.decodeMap(name, raw, data), ends), ((where, value), False))
-        for guard in SAMPLE.guards:
-            name = f"proxy-ports{4 if guard.family == 'IPv4' else 6}"
-            self.assertEqual(nftelements.decodeGuard(name, nftelements.guardBytes(guard)), guard)
+            self.assertThereAndBack(placed(where, rule))
+        self.assertThereAndBack([it for it in wholeStep(SAMPLE).added if isinstance(it[1], (Guard, str))])
+        for name in CLUSTER_IPS:
+            those = [it for it in SAMPLE.clusterIPs if (":" in it) == name.endswith("6")]
+            data = b"".join(map(nftelements.itemElement, those))
+            self.assertEqual(list(nftreading.addresses(name, attribute(3, data))), those)
+
+    def assertThereAndBack(self, elements: Sequence[Element]) -> None:
+        self.assertTrue(elements)
+        for name, item, value in elements:
+            one = nftelements.itemElement(item, nftelements.valueBytes(value) if value is not None else b"")
+            [raw] = nftreading.elementsIn(attribute(3, one))
+            self.assertEqual((nftreading.decode(name, raw), raw.ends), ((item, value), False))
 
     def test_readQuickly(self) -> None:
         """Reading many elements gives what reading each with care gives, also of addresses with several spellings."""
@@ -266,7 +284,7 @@ class ElementTests(SynchronousTestCase):
                 nftelements.element(nftelements.keyBytes(it), nftelements.valueBytes(value))  # type: ignore[arg-type]
                 for it, value in zip(keys, values, strict=True)
             )
-            found = list(nftelements.MapReader(name).read(attribute(3, data)))
+            found = list(nftreading.MapReader(name).read(attribute(3, data)))
             self.assertEqual(found, [(name, it, value) for it, value in zip(keys, values, strict=True)])
 
     def test_strangeAmongMany(self) -> None:
@@ -275,7 +293,7 @@ class ElementTests(SynchronousTestCase):
         raw = nftelements.keyBytes(key("10.96.0.2", 80))
         for bad in (raw[:-1] + b"x", raw[:5] + b"x" + raw[6:], raw[:4] + b"\x01" + raw[5:]):
             data = good + good + nftelements.element(bad, nftelements.valueBytes(to(1)))
-            self.assertRaises(Unreadable, list, nftelements.MapReader("service-ips4").read(attribute(3, data)))
+            self.assertRaises(Unreadable, list, nftreading.MapReader("service-ips4").read(attribute(3, data)))
 
     def test_insiders(self) -> None:
         """Networks become intervals and come back; also those at zero, at the last address, and side by side."""
@@ -286,19 +304,19 @@ class ElementTests(SynchronousTestCase):
             ["10.0.0.0/24", "10.0.1.0/25", "10.0.2.7/32"],
             [],
         ):
-            elements = b"".join(nftelements.insiderElements(networks, "IPv4"))
-            found = nftelements.decodeInsiders(nftelements.elementsIn(attribute(3, elements)))
+            elements = b"".join(nftelements.networkElements(networks, "IPv4"))
+            found = nftreading.decodeNetworks(nftreading.elementsIn(attribute(3, elements)))
             self.assertEqual(found, networks)
-        elements = b"".join(nftelements.insiderElements(["fd00::/64", "10.0.0.0/8", "::/1"], "IPv6"))
-        found = nftelements.decodeInsiders(nftelements.elementsIn(attribute(3, elements)))
+        elements = b"".join(nftelements.networkElements(["fd00::/64", "10.0.0.0/8", "::/1"], "IPv6"))
+        found = nftreading.decodeNetworks(nftreading.elementsIn(attribute(3, elements)))
         self.assertEqual(found, ["::/1", "fd00::/64"])
 
     def test_zeroIntervalOfNft(self) -> None:
         """nft begins an interval set with an end at zero, which belongs to no network."""
         elements = nftelements.element(bytes(4), nftelements._END)
-        elements += b"".join(nftelements.insiderElements(["10.244.0.0/16"], "IPv4"))
+        elements += b"".join(nftelements.networkElements(["10.244.0.0/16"], "IPv4"))
         self.assertEqual(
-            nftelements.decodeInsiders(nftelements.elementsIn(attribute(3, elements))), ["10.244.0.0/16"]
+            nftreading.decodeNetworks(nftreading.elementsIn(attribute(3, elements))), ["10.244.0.0/16"]
         )
 
     def test_strangeElements(self) -> None:
@@ -316,13 +334,54 @@ class ElementTests(SynchronousTestCase):
             ("blocked-ips4", raw, data),
             ("blocked-ips4", raw, jump),
         ):
-            self.assertRaises(Unreadable, nftelements.decodeMap, name, where, what)
-        self.assertRaises(Unreadable, nftelements.decodeGuard, "proxy-ports4", b"\x06")
+            self.assertRaises(Unreadable, nftreading.decodeMap, name, where, what)
+
+    def test_strangeSources(self) -> None:
+        """The same for the elements of sets."""
+        where = key("203.0.113.5", 80)
+        raw = nftelements.keyBytes(where)
+        first, last = nftelements.allowedBytes(Allowed(where, "10.0.0.0/8"))
+        for name, one, two in (
+            ("proxy-ports4", b"\x06", b""),
+            ("cluster-ips4", bytes(16), b""),
+            ("cluster-ips6", bytes(4), b""),
+            ("restricted-ips4", raw[:-1], b""),
+            ("restricted-ips4", raw[:-1] + b"x", b""),
+            ("restricted-ips6", raw, b""),
+            ("allowed-sources4", raw, raw),
+            ("allowed-sources4", first, last[:-1] + b"\xfe"),  # no network
+            ("allowed-sources4", last, first),  # none at all
+            ("allowed-sources4", first, first[:3] + b"\x06" + last[4:]),  # several addresses
+            ("allowed-sources4", first, last[:10] + b"\x51" + last[11:]),  # several ports
+            ("allowed-sources4", first, last + bytes(12)),
+            ("allowed-sources6", first, last),
+        ):
+            it = nftreading.Raw(one, b"", False, two)
+            self.assertRaises(Unreadable, nftreading.decode, name, it)
+
+    def test_sourceBytes(self) -> None:
+        """A frontend and a network are, byte for byte, an element with the end of its key."""
+        it = Allowed(key("203.0.113.5", 443), "10.0.0.0/8")
+        self.assertEqual(
+            nftelements.itemElement(it).hex(" ", 4),
+            "34000180"  # an element
+            " 18000180 14000100 cb007105 06000000 01bb0000 0a000000"  # its key: address, protocol, port, first source
+            " 18000a80 14000100 cb007105 06000000 01bb0000 0affffff",  # the end of it: the last source
+        )
+        [raw] = nftreading.elementsIn(attribute(3, nftelements.element(nftelements.allowedBytes(it)[0])))
+        one = Allowed(it.key, "10.0.0.0/32")
+        self.assertEqual(nftreading.decode("allowed-sources4", raw), (one, None))
+
+    def test_addressesWithMore(self) -> None:
+        """What somebody has said beside an address does not keep it from being read; another size does."""
+        it = nftelements.element(socket.inet_aton("10.96.0.1"), attribute(6, b"a comment"))
+        self.assertEqual(list(nftreading.addresses("cluster-ips4", attribute(3, it))), ["10.96.0.1"])
+        self.assertRaises(Unreadable, list, nftreading.addresses("cluster-ips6", attribute(3, it)))
 
     def test_guards(self) -> None:
         """Guards come and go with the family's set."""
         step = Step(
-            guardsRemoved=frozenset({Guard("IPv4", "TCP", 1)}), guardsAdded=frozenset({Guard("IPv6", "UDP", 2)})
+            removed=[("proxy-ports4", Guard("IPv4", "TCP", 1))], added=[("proxy-ports6", Guard("IPv6", "UDP", 2), None)]
         )
         found = [(kind, said.get(2)) for kind, said in read(nftelements.encode("kproxy", step)[0])]
         self.assertEqual(

@@ -13,7 +13,7 @@ from twisted.internet import reactor
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
-from tests.shared.writers import SAMPLE, key, many, same, to
+from tests.shared.writers import LOCALITY, SAMPLE, key, many, same, to
 from twisted_kproxy.core.rules import Delta, Guard, Rule, Ruleset
 from twisted_kproxy.core.values import Locality
 from twisted_kproxy.interfaces import NotAvailable, RulesRejected
@@ -23,18 +23,22 @@ from twisted_kproxy.netfilter.nftables import NftablesWriter
 from twisted_kproxy.netfilter.nftlayout import (
     LAYOUT,
     MAPS,
+    NETWORKS,
     SETS,
+    Allowed,
     Unreadable,
+    costly,
     gathered,
     intervals,
     placed,
+    sourcesOf,
     stepFor,
     wholeStep,
 )
 from twisted_kproxy.netfilter.nfttext import (
-    CHAINS,
-    RULES,
+    chainsFor,
     readListing,
+    rulesIn,
     signature,
     stepText,
     structureProblem,
@@ -49,20 +53,50 @@ class PlacingTests(SynchronousTestCase):
 
     def test_sameForAll(self) -> None:
         """What is the same for everybody is one element."""
-        self.assertEqual(placed(key("10.96.0.1", 80), same(to(1))), [("service-ips4", to(1))])
-        self.assertEqual(placed(key("", 30080, "TCP", "IPv6"), same("reject")), [("blocked-ports6", "reject")])
+        for where, rule, name, value in (
+            (key("10.96.0.1", 80), same(to(1)), "service-ips4", to(1)),
+            (key("", 30080, "TCP", "IPv6"), same("reject"), "blocked-ports6", "reject"),
+        ):
+            self.assertEqual(placed(where, rule), [(name, where, value)])
 
     def test_passed(self) -> None:
         """Insiders that are served where others are not have to get past what blocks the others."""
-        found = dict(placed(key("203.0.113.5", 80), Rule(outside="drop", inside=to(1))))
+        found = placed(key("203.0.113.5", 80), Rule(outside="drop", inside=to(1)))
         self.assertEqual(
-            found, {"blocked-ips4": "drop", "service-ips4-inside": to(1), "blocked-ips4-inside": "pass"}
+            {name: value for name, _key, value in found},
+            {"blocked-ips4": "drop", "service-ips4-inside": to(1), "blocked-ips4-inside": "pass"},
         )
+
+    def test_sources(self) -> None:
+        """A frontend that is not for everybody says so once, and once for each network; for nobody, just that."""
+        for where, sources in (
+            (key("203.0.113.5", 80), ("10.0.0.0/8", "192.0.2.1/32")),
+            (key("2001:db8::5", 53, "UDP"), ("fd00::/8",)),
+            (key("2001:db8::5", 53), ()),
+        ):
+            digit = 4 if where.family == "IPv4" else 6
+            self.assertEqual(
+                placed(where, Rule("drop", "drop", sources))[1:],
+                [
+                    (f"restricted-ips{digit}", where, None),
+                    *((f"allowed-sources{digit}", Allowed(where, it), None) for it in sources),
+                ],
+            )
+
+    def test_sourcesOfNodePorts(self) -> None:
+        """Sources are for frontends that have an address: a node port is not left open to everybody in silence."""
+        where = key("", 30080, "TCP", "IPv4")
+        for call in (
+            lambda: placed(where, same(to(1), ())),
+            lambda: wholeStep(Ruleset({where: same(to(1), ("10.0.0.0/8",))})),
+            lambda: stepFor(Ruleset(), Delta({where: same(to(1), ())})),
+        ):
+            self.assertEqual(self.assertRaises(RulesRejected, call).frontends, frozenset({where}))
 
     def test_thereAndBack(self) -> None:
         """The elements of any ruleset add up to it again."""
         for ruleset in (SAMPLE, many(200), Ruleset()):
-            elements = [(name, key, value) for key, rule in ruleset.rules.items() for name, value in placed(key, rule)]
+            elements = [it for key, rule in ruleset.rules.items() for it in placed(key, rule)]
             self.assertEqual(gathered(elements), dict(ruleset.rules))
 
     def test_doNotBelong(self) -> None:
@@ -78,22 +112,80 @@ class PlacingTests(SynchronousTestCase):
         ):
             self.assertRaises(Unreadable, gathered, [(name, where, value) for name, value in elements])
 
+    def test_sourcesDoNotBelong(self) -> None:
+        """The same for sources: of no frontend, of one that is for everybody, or not as this program writes them."""
+        where = key("203.0.113.5", 80)
+        led, restricted = ("service-ips4", where, to(1)), ("restricted-ips4", where, None)
+
+        def allowed(network: str) -> tuple[str, Allowed, None]:
+            return "allowed-sources4", Allowed(where, network), None
+
+        whole = [led, restricted, allowed("10.0.0.0/8")]
+        self.assertEqual(gathered(whole), {where: same(to(1), ("10.0.0.0/8",))})
+        for elements in (
+            whole[1:],
+            [whole[0], whole[2]],
+            [restricted],
+            [*whole, allowed("11.0.0.0/8")],
+            [*whole, allowed("10.1.0.0/16")],
+        ):
+            self.assertRaises(Unreadable, gathered, elements)
+
     def test_steps(self) -> None:
         """A step takes out and puts in just what differs, and elements in force stay."""
         where = key("203.0.113.5", 80)
         before = {where: Rule(outside=to(1), inside=to(2))}
-        step = stepFor(before, frozenset(), Delta({where: Rule(outside="drop", inside=to(2))}))
+        step = stepFor(Ruleset(before), Delta({where: Rule(outside="drop", inside=to(2))}))
         self.assertEqual(step.removed, [("service-ips4", where)])
         self.assertEqual(
             step.added, [("blocked-ips4", where, "drop"), ("blocked-ips4-inside", where, "pass")]
         )
-        self.assertEqual(len(stepFor(before, frozenset(), Delta({where: before[where], key("1.1.1.1", 1): None}))), 0)
+        self.assertEqual(len(stepFor(Ruleset(before), Delta({where: before[where], key("1.1.1.1", 1): None}))), 0)
+
+    def test_sourceSteps(self) -> None:
+        """Of sources just those that differ come and go."""
+        where = key("203.0.113.5", 80)
+        before = Ruleset({where: same(to(1), ("10.0.0.0/8", "192.0.2.0/24"))})
+        step = stepFor(before, Delta({where: same(to(1), ("10.0.0.0/8", "192.0.2.1/32"))}))
+        self.assertEqual(step.removed, [("allowed-sources4", Allowed(where, "192.0.2.0/24"))])
+        self.assertEqual(step.added, [("allowed-sources4", Allowed(where, "192.0.2.1/32"), None)])
+        step = stepFor(before, Delta({where: same(to(1))}))
+        self.assertEqual({name for name, _item in step.removed}, {"restricted-ips4", "allowed-sources4"})
+        self.assertEqual((len(step), step.added), (3, []))
 
     def test_guardSteps(self) -> None:
         """Guards that are there are not added, those that are not are not removed."""
         one, two = Guard("IPv4", "TCP", 1), Guard("IPv4", "TCP", 2)
-        step = stepFor({}, frozenset({one}), Delta({}, frozenset({one, two}), frozenset({two})))
-        self.assertEqual((step.guardsAdded, step.guardsRemoved), ({two}, frozenset()))
+        step = stepFor(Ruleset(guards=frozenset({one})), Delta({}, frozenset({one, two}), frozenset({two})))
+        self.assertEqual((step.added, step.removed), ([("proxy-ports4", two, None)], []))
+
+    def test_costly(self) -> None:
+        """Few sources that go are taken out one by one; for many among many the table is made anew."""
+        keys = [key(f"203.0.{n // 250}.{n % 250}", 80) for n in range(2000)]
+        for count, gone, expected in ((2000, 1, False), (2000, 30, True), (100, 100, False), (300, 200, True)):
+            known = Ruleset(dict.fromkeys(keys[:count], same(to(1), ("10.0.0.0/8",))))
+            there = sourcesOf(known.rules.values())
+            step = stepFor(known, Delta(dict.fromkeys(keys[:gone])))
+            self.assertEqual((there, count, gone, costly(step, there)), (count, count, gone, expected))
+            self.assertFalse(costly(stepFor(Ruleset(), Delta(known.rules)), 0), "adding costs little")
+            self.assertEqual(costly(wholeStep(known), there), count == 2000)
+        self.assertFalse(costly(wholeStep(many(2000)), 0))
+
+    def test_clusterIPSteps(self) -> None:
+        """The same for the addresses of Services, each in its family's set."""
+        known = Ruleset(clusterIPs=frozenset({"10.96.0.1", "fd00::1"}))
+        step = stepFor(
+            known,
+            Delta(clusterIPsAdded=frozenset({"10.96.0.1", "fd00::2"}), clusterIPsRemoved=frozenset({"fd00::1", "::9"})),
+        )
+        self.assertEqual(step.added, [("cluster-ips6", "fd00::2", None)])
+        self.assertEqual(step.removed, [("cluster-ips6", "fd00::1")])
+
+    def test_localitySteps(self) -> None:
+        """Of what is said of addresses just the sets that differ are written."""
+        changed = Locality(LOCALITY.insiders, (), LOCALITY.nodePorts, ("10.96.0.0/15", "fd00:10:96::/112"))
+        self.assertEqual(stepFor(SAMPLE, Delta(locality=changed)).networks, {"service-networks4": ("10.96.0.0/15",)})
+        self.assertEqual(len(stepFor(SAMPLE, Delta(locality=LOCALITY))), 0)
 
     def test_intervals(self) -> None:
         """A network that ends with the last address has no address behind it."""
@@ -109,14 +201,14 @@ class TextTests(SynchronousTestCase):
         self.assertTrue(said.startswith("table inet kproxy\ndelete table inet kproxy\ntable inet kproxy {\n"))
         for name in SETS:
             self.assertRegex(said, rf"\t(map|set) {name} \{{")
-        for name in CHAINS:
+        for name in chainsFor():
             self.assertIn(f"\tchain {name} {{", said)
         self.assertIn("kproxy 1.2.3", said)
 
     def test_chainsBeforeJumps(self) -> None:
         """A chain is there before it is jumped to, and every map that is looked up exists."""
         seen: set[str] = set()
-        for chain, lines in CHAINS.items():
+        for chain, lines in chainsFor(("cali*",)).items():
             for line in lines:
                 words = line.split()
                 for n, word in enumerate(words):
@@ -130,17 +222,40 @@ class TextTests(SynchronousTestCase):
         """Elements as text, removing first."""
         where = key("10.96.0.1", 80)
         delta = Delta({where: same("reject")}, locality=Locality(("10.0.0.0/8",)))
-        step = stepFor({where: same(to(1))}, frozenset(), delta)
+        step = stepFor(Ruleset({where: same(to(1))}), delta)
         self.assertEqual(
             stepText("kproxy", step).splitlines(),
             [
                 "flush set inet kproxy insiders4",
-                "flush set inet kproxy insiders6",
                 "delete element inet kproxy service-ips4 { 10.96.0.1 . tcp . 80 }",
                 "add element inet kproxy blocked-ips4 { 10.96.0.1 . tcp . 80 : goto refuse }",
                 "add element inet kproxy insiders4 { 10.0.0.0/8 }",
             ],
         )
+
+    def test_sourcesAsText(self) -> None:
+        """The same for sources and the addresses of Services."""
+        where = key("2001:db8::5", 53, "UDP")
+        delta = Delta({where: same("drop", ("fd00::/8",))}, clusterIPsAdded=frozenset({"10.96.0.1"}))
+        known = Ruleset({where: same("drop", ("::1/128",))})
+        self.assertEqual(
+            stepText("kproxy", stepFor(known, delta)).splitlines(),
+            [
+                "delete element inet kproxy allowed-sources6 { 2001:db8::5 . udp . 53 . ::1/128 }",
+                "add element inet kproxy allowed-sources6 { 2001:db8::5 . udp . 53 . fd00::/8 }",
+                "add element inet kproxy cluster-ips4 { 10.96.0.1 }",
+            ],
+        )
+
+    def test_links(self) -> None:
+        """Links of insiders are in the rules; what nft could take for something else is not handed to it."""
+        said = structureText("kproxy", "1.2.3", ("cali*", "fifteen-letters*"))
+        self.assertIn('iifname "cali*" meta nfproto ipv6 goto block6-inside comment "cali*"\n', said)
+        only = 'iifname "fifteen-letters" meta nfproto ipv4 goto lead4-inside comment "fifteen-letters*"'
+        self.assertIn(f"{only}\n", said)
+        for name in ("", "*", 'a"b', "a b", "a\nb", "a\\*", "a*b", "sixteen-letters-", "a" * 17):
+            error = self.assertRaises(RulesRejected, structureText, "kproxy", "1", (name,))
+            self.assertIn(repr(name), str(error))
 
     def test_wholeText(self) -> None:
         """A whole ruleset empties every set first."""
@@ -155,13 +270,15 @@ class TextTests(SynchronousTestCase):
             self.assertRaises(ValueError, NftablesWriter, None, name)
 
 
-def listing(signed: bool = True, **changed: Any) -> dict[str, Any]:
+def listing(signed: bool = True, links: tuple[str, ...] = (), **changed: Any) -> dict[str, Any]:
     """A listing of an untouched table."""
     items: list[dict[str, Any]] = [{"metainfo": {}}, {"table": {"name": "kproxy"}}]
     items += [{"map" if name in MAPS else "set": {"name": name, **changed.get(name, {})}} for name in SETS]
-    for chain, count in RULES.items():
+    for chain, count in rulesIn(links).items():
         items.append({"chain": {"name": chain}})
-        items += [{"rule": {"chain": chain}}] * count
+        said = links * 2 if chain in ("block-prerouting", "nat-prerouting") else ()
+        items += [{"rule": {"chain": chain, "comment": it}} for it in said]
+        items += [{"rule": {"chain": chain}}] * (count - len(said))
     if signed:
         items.append({"chain": {"name": signature({"nftables": items})}})
     return {"nftables": items}
@@ -173,6 +290,7 @@ class ListingTests(SynchronousTestCase):
     def test_untouched(self) -> None:
         """A table of ours as it was made is one."""
         self.assertEqual(structureProblem(listing()), "")
+        self.assertEqual(structureProblem(listing(links=("cali*", "cbr0"))), "")
 
     def test_absent(self) -> None:
         """No table is no table."""
@@ -235,6 +353,14 @@ class ListingTests(SynchronousTestCase):
             {"blocked-ips4": {"elem": [[{"concat": ["10.96.0.1", "tcp", 80]}, {"continue": None}]]}},
             {"proxy-ports4": {"elem": [7]}},
             {"insiders4": {"elem": [{"elem": {"val": 1}}]}},
+            {"service-networks6": {"elem": [7, {}]}},
+            {"cluster-ips4": {"elem": ["10.96.0"]}},
+            {"cluster-ips6": {"elem": [{"elem": {"val": "::1"}}]}},
+            {"restricted-ips4": {"elem": [{"concat": ["10.96.0.1", "dccp", 80]}]}},
+            {"restricted-ips4": {"elem": ["10.96.0.1"]}},
+            {"allowed-sources4": {"elem": [{"concat": ["10.96.0.1", "tcp", 80]}]}},
+            {"allowed-sources4": {"elem": [{"concat": ["10.96.0.1", "tcp", {"range": [1, 2]}, "10.0.0.1"]}]}},
+            {"allowed-sources4": {"elem": [{"concat": ["10.96.0.1", "tcp", 80, {"range": ["10.0.0.1", "10.0.0.3"]}]}]}},
         ):
             self.assertRaises(Unreadable, readListing, listing(**strange))
 
@@ -243,6 +369,38 @@ class ListingTests(SynchronousTestCase):
         elems = ["10.9.9.9", {"prefix": {"addr": "10.0.0.0", "len": 16}}, {"range": ["10.8.0.0", "10.8.0.2"]}]
         found = readListing(listing(insiders4={"elem": elems}))
         self.assertEqual(found.locality.insiders, ("10.0.0.0/16", "10.8.0.0/31", "10.8.0.2/32", "10.9.9.9/32"))
+
+
+    def test_sources(self) -> None:
+        """Networks of sources are read as addresses, networks, and ranges that are one."""
+        where = {"concat": ["203.0.113.5", "tcp", 80]}
+        elems = [
+            {"concat": ["203.0.113.5", "tcp", 80, it]}
+            for it in (
+                "10.9.9.9",
+                {"prefix": {"addr": "10.0.0.0", "len": 16}},
+                {"range": ["10.8.0.0", "10.8.0.3"]},
+            )
+        ]
+        found = readListing(
+            listing(
+                **{
+                    "service-ips4": {"elem": [[where, {"concat": ["192.0.2.2", 1]}]]},
+                    "restricted-ips4": {"elem": [where]},
+                    "allowed-sources4": {"elem": elems},
+                }
+            )
+        )
+        sources = ("10.0.0.0/16", "10.8.0.0/30", "10.9.9.9/32")
+        self.assertEqual(found.rules, {key("203.0.113.5", 80): same(to(1), sources)})
+
+    def test_localities(self) -> None:
+        """What is said of addresses is read from sets of networks, and from the rules."""
+        said = {name: {"elem": []} for name in NETWORKS}
+        for name, network in (("node-networks6", "fd00::"), ("service-networks4", "10.96.0.0")):
+            said[name] = {"elem": [{"prefix": {"addr": network, "len": 16}}]}  # type: ignore[list-item]
+        found = readListing(listing(links=("cali*", "cbr0"), **said)).locality
+        self.assertEqual(found, Locality((), ("cali*", "cbr0"), ("fd00::/16",), ("10.96.0.0/16",)))
 
 
 class Scripted(TestCase):

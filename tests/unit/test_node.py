@@ -14,7 +14,7 @@ from twisted_kproxy.interfaces import NotAvailable
 from twisted_kproxy.netfilter.choose import chooseWriter, hasLegacyRules, isLegacyNode
 from twisted_kproxy.netfilter.memory import MemoryWriter
 from twisted_kproxy.netfilter.netlink import HEADER, attribute
-from twisted_kproxy.netfilter.node import Address, addresses, primaryAddress
+from twisted_kproxy.netfilter.node import Address, addresses, ownAddresses, primaryAddress, sourceTowards
 
 FAMILIES = {socket.AF_INET: "IPv4", socket.AF_INET6: "IPv6"}
 
@@ -125,6 +125,25 @@ class AddressTests(SynchronousTestCase):
         """On a point-to-point link the own address counts, not the peer's."""
         [found] = addresses("IPv4", FakeHost(None, said("10.0.0.1", peer="10.0.0.2")))
         self.assertEqual(found, Address("10.0.0.1", 0, 0x80))
+
+    def test_towards(self) -> None:
+        """The address by which the node talks to another may be any of its own; without a way there is none."""
+        self.assertEqual(sourceTowards("10.0.0.1", FakeHost("127.0.0.1")), "127.0.0.1")
+        self.assertEqual(sourceTowards("fe80::9", FakeHost("fe80:0::2%eth0")), "fe80::2")
+        self.assertIsNone(sourceTowards("10.0.0.1", FakeHost(None)))
+
+    def test_own(self) -> None:
+        """Those of all interfaces; a family that cannot be read has none."""
+
+        def onlyIPv4(*what: int) -> Any:
+            return FakeHost(None, said("127.0.0.1", 254), said("192.0.2.7"))(*what)
+
+        self.assertEqual(ownAddresses(onlyIPv4), {"127.0.0.1", "192.0.2.7"})
+
+        def none(*_: int) -> Any:
+            raise OSError(97, "Address family not supported by protocol")
+
+        self.assertEqual(ownAddresses(none), frozenset())
 
     def test_thisHost(self) -> None:
         """This very machine has a loopback address, and one to lead packets to."""

@@ -94,3 +94,21 @@ class ClaimsTests(SynchronousTestCase):
         claims.change([], [nodePort("a")], "1")
         claims.change([nodePort("a")], [], "")
         self.assertEqual((claims._claims, claims._owners), ({}, {}))
+
+    def test_healthCheckPort(self) -> None:
+        """A health-check port has one owner as a node port has, and is in the way of a node port of that number."""
+        older, younger = (servicePort(portName(name), frontends=[], healthCheckPort=30080) for name in ("z", "a"))
+        claims = Claims()
+        claims.change([], [younger], "2")
+        claims.change([], [older], "1")
+        claims.change([], [only("node")], "3")
+        self.assertIs(claims.owned(older), older)
+        self.assertEqual(claims.owned(younger).healthCheckPort, 0)
+        self.assertEqual(claims.owned(only("node")).frontends, ())
+        self.assertEqual(claims.pending(younger), {KEY: older.name})
+        touched = claims.change([older], [], "")
+        self.assertEqual(touched - {older.name}, {younger.name})
+        self.assertIs(claims.owned(younger), younger)
+        six = servicePort(portName("six", family="IPv6"), frontends=[], healthCheckPort=30080)
+        claims.change([], [six], "9")
+        self.assertIs(claims.owned(six), six)

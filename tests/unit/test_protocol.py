@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import select
 import socket
+import weakref
 from typing import Any
 
 from twisted.internet import reactor
-from twisted.trial.unittest import TestCase
+from twisted.internet.posixbase import PosixReactorBase
+from twisted.internet.task import Clock
+from twisted.trial.unittest import SynchronousTestCase, TestCase
 
-from tests.shared.relays import BulkSuite, RelaySuite, ending, inThread, readAll, relayed, tcpPair
+from tests.shared.relays import (
+    BulkSuite,
+    RelaySuite,
+    ending,
+    inThread,
+    readAll,
+    readExactly,
+    relayed,
+    reset,
+    tcpPair,
+)
 from tests.shared.relayscripts import ScriptSuite
 from twisted_kproxy.core.values import Outcome
 from twisted_kproxy.userspace.engines.poller import Poller
@@ -29,6 +44,122 @@ class ProtocolRelayTests(RelaySuite, BulkSuite, ScriptSuite, TestCase):
 
     def pipesInUse(self, relay: Any) -> int:
         return 0
+
+
+class _Turning(Clock):
+    """A reactor of which the test says when it looks at descriptors; what it does with them is as Twisted's."""
+
+    _disconnectSelectable = PosixReactorBase._disconnectSelectable
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.readers: set[Any] = set()
+        self.writers: set[Any] = set()
+        for what in ("reader", "writer"):
+            them = getattr(self, f"{what}s")
+            setattr(self, f"add{what.capitalize()}", them.add)
+            setattr(self, f"remove{what.capitalize()}", them.discard)
+
+    def turn(self) -> None:
+        self.advance(0)
+        readers, writers, _ = select.select(self.readers, self.writers, [], 0)
+        for it, doing in [(it, "doRead") for it in readers] + [(it, "doWrite") for it in writers]:
+            if why := getattr(it, doing)():
+                self._disconnectSelectable(it, why, doing == "doRead")  # type: ignore[no-untyped-call]
+
+
+class TimeTests(SynchronousTestCase):
+    """What the engine asks of the reactor, and what it does when time passes."""
+
+    def setUp(self) -> None:
+        self.reactor = _Turning()
+        self.relay = ProtocolRelay(self.reactor, Poller(self.reactor))
+        self.addCleanup(self.relay.stop)
+        self.client, clientSide = tcpPair()
+        self.backend, self.backendSide = tcpPair()
+        for end in (self.client, self.backend, clientSide, self.backendSide):
+            self.addCleanup(end.close)
+        self.done = relayed(self.relay, clientSide, self.backendSide)
+
+    def stuff(self) -> None:
+        """Let the client send until nothing is taken any more."""
+        self.client.setblocking(False)
+        idle = 0
+        while idle < 20:
+            try:
+                self.client.send(b"b" * 65536)
+                idle = 0
+            except BlockingIOError:
+                idle += 1
+            self.reactor.turn()
+
+    def test_eager(self) -> None:
+        """What is read goes out in the same turn, and the reactor is not asked to tell when the backend can take it."""
+        self.client.sendall(b"ping")
+        self.reactor.turn()
+        self.assertEqual(self.reactor.writers, set())
+        self.assertEqual(readExactly(self.backend, 4), b"ping")
+
+    def test_stalled(self) -> None:
+        """When the backend takes no more, the client is not read, and one block at the most waits."""
+        self.stuff()
+        (waiting,) = self.reactor.writers
+        self.assertTrue(0 < waiting.queued <= 65536)
+        self.assertEqual(self.reactor.readers, {waiting})
+        self.reactor.pump([15.0] * 10)
+        self.assertNoResult(self.done)
+
+    def test_clientDiesWhileStalled(self) -> None:
+        """A client that resets while the backend takes nothing: the backend is reset within two sweeps."""
+        self.stuff()
+        reset(self.client)
+        self.reactor.turn()
+        self.reactor.pump([15.0, 15.0])
+        self.assertEqual(self.successResultOf(self.done).reason, "client-reset")
+        self.assertEqual(ending(self.backend), "reset")
+        self.assertEqual(self.reactor.getDelayedCalls(), [])
+        self.assertEqual(self.reactor.readers | self.reactor.writers, set())
+
+    def test_diesAfterItsEnd(self) -> None:
+        """So does a client that resets after it has ended, when no descriptor of it is watched any more."""
+        self.client.shutdown(socket.SHUT_WR)
+        self.reactor.turn()
+        self.reactor.pump([15.0] * 10)
+        self.assertNoResult(self.done)
+        reset(self.client)
+        self.reactor.pump([15.0, 15.0])
+        self.assertEqual(self.successResultOf(self.done).reason, "client-reset")
+
+    def test_keepalive(self) -> None:
+        """A connection that lasts gets keepalive towards its backend."""
+        self.assertEqual(self.backendSide.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE), 0)
+        self.reactor.pump([15.0])
+        self.assertEqual(self.backendSide.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE), 1)
+
+    def test_halfClosedForTooLong(self) -> None:
+        """One side has ended, and nothing has moved for an hour: both are cut. What moves, or is whole, stays."""
+        self.reactor.pump([15.0] * 300)
+        self.assertNoResult(self.done)
+        self.client.shutdown(socket.SHUT_WR)
+        self.reactor.turn()
+        self.reactor.pump([15.0] * 235)
+        self.backend.sendall(b"12345678")
+        self.reactor.turn()
+        self.reactor.pump([15.0] * 239)
+        self.assertNoResult(self.done)
+        self.reactor.pump([15.0] * 3)
+        self.assertEqual(self.successResultOf(self.done), Outcome("backend-timeout", 0, 8))
+        self.assertEqual(self.reactor.getDelayedCalls(), [])
+
+    def test_nothingStays(self) -> None:
+        """What a connection was made of goes with it, without the collector."""
+        (pair,) = self.relay._pairs
+        gone = [weakref.ref(it) for it in (pair.client, pair.backend, pair.client.transport, pair.backend.transport)]
+        del pair
+        gc.disable()
+        self.addCleanup(gc.enable)
+        self.done.cut()
+        self.assertEqual([it() for it in gone], [None] * 4)
 
 
 class _Recorder(Tap):

@@ -48,6 +48,7 @@ class ReportTests(SynchronousTestCase):
         self.report = Report(
             {"version": "1"}, self.cluster, lambda: [Source()], Balancer(), lambda: None,  # type: ignore[arg-type,list-item]
             lambda: self.syncer, lambda port, endpoints: {str(it): {"failures": 1} for it in endpoints[:1]},
+            lambda: {"engine": "python", "active": 3},
         )
 
     def put(self, it: Any, kind: Any) -> None:
@@ -75,6 +76,7 @@ class ReportTests(SynchronousTestCase):
         self.assertEqual(shown["frontends"], [{"kind": "ClusterIP", "address": "10.96.0.10:80/TCP"}])
         self.assertEqual(shown["cluster"], {"endpoints": {"10.1.0.1:8080": 3}})
         self.assertEqual(shown["failing"], {"10.1.0.1:8080": {"failures": 1}})
+        self.assertEqual(self.page()["relay"], {"engine": "python", "active": 3})
 
     def test_inForce(self) -> None:
         """What is shown is what was last worked out: to look costs no work, and says when something is not in force."""

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+from msgspec import structs
 from twisted.trial.unittest import SynchronousTestCase
 
 from tests.shared.writers import SAMPLE, key, many, same, to
 from twisted_kproxy.core.rules import Delta, Guard, Rule, Ruleset, applied
-from twisted_kproxy.core.values import FAMILIES, Family
+from twisted_kproxy.core.values import FAMILIES, Family, Locality
 from twisted_kproxy.netfilter.xtbytes import UnknownBytes, pack
-from twisted_kproxy.netfilter.xtlayout import CHAINS, GUARD, JUMPS, render
+from twisted_kproxy.netfilter.xtlayout import CHAINS, CLUSTER_IPS, GUARD, JUMPS, NO_PORT, render
 from twisted_kproxy.netfilter.xtscript import editScript, jumpsStand, removeScript, stuck, wholeScript
 from twisted_kproxy.netfilter.xtshapes import lacking, sctpShapes, shapes
-from twisted_kproxy.netfilter.xtstate import understood
+from twisted_kproxy.netfilter.xtstate import isOlder, understood
 from twisted_kproxy.netfilter.xtsteps import editsOf
 from twisted_kproxy.netfilter.xttext import Saved, entryOf, parseSave, textOf
 
@@ -84,10 +85,12 @@ class TextTests(SynchronousTestCase):
         self.assertEqual(entryOf("IPv4", good).port, 80)
         for bad in (
             good.replace("-d ", "! -d "),
-            good.replace("-p tcp", "-i eth0 -p tcp"),
+            good.replace("-p tcp", "-o eth0 -p tcp"),
             good.replace("--dport 80", "--dport 80:90"),
             good.replace("--dport 80", "--sport 80"),
             good.replace("/32", "/24"),
+            good.replace("/32", "/33"),
+            good.replace("-p tcp", "-i a-name-too-long-for-it -p tcp"),
             good.replace("-j DROP", "-m limit --limit 1/sec -j DROP"),
             good.replace("-j DROP", "-g KPROXY-X"),
             good.replace("-m tcp", "-m udp"),
@@ -156,7 +159,7 @@ class ScriptTests(SynchronousTestCase):
             ("a rule gone", lambda chains: chains["KPROXY-PORTALS-HOST"].pop(0), 2),
             ("a rule more", lambda chains: chains["KPROXY-PORTALS-HOST"].append("-j ACCEPT"), -1),
             ("a rule of several gone", lambda chains: chains["KPROXY-PORTALS-CONTAINER"].pop(), 4),
-            ("a chain empty", lambda chains: chains["KPROXY-INSIDERS"].clear(), 3),
+            ("a chain empty", lambda chains: chains["KPROXY-INSIDERS"].clear(), 11),
             ("a jump gone", lambda chains: chains["PREROUTING"].pop(0), 4),
         ]
         for what, damage, most in damages:
@@ -217,6 +220,70 @@ class ScriptTests(SynchronousTestCase):
         self.assertEqual(kernel.tables["nat"]["POSTROUTING"], [])
 
 
+    def test_earlierVersion(self) -> None:
+        """
+        What a version without chains for ClusterIPs has left is taken over, and what is missing is added without
+        touching a rule that is as it shall be.
+        """
+        refused = {key(f"10.99.0.{n}", 80): same("reject") for n in range(1, 9)}
+        old = Ruleset({**many(60).rules, **refused}, locality=Locality(("10.0.0.0/8",)))
+        kernels = self.written(old)
+        for kernel in kernels.values():
+            for chain in (CLUSTER_IPS, NO_PORT):
+                self.assertEqual(kernel.tables["filter"].pop(chain), [])
+        tables = {family: kernel.save() for family, kernel in kernels.items()}
+        self.assertEqual(understood(tables), (old, set(FAMILIES)))
+        self.assertTrue(isOlder(tables))
+        new = structs.replace(old, clusterIPs=frozenset({"10.96.0.10"}))
+        kernel = kernels["IPv4"]
+        kernel.restore(wholeScript("IPv4", new, kernel.save(), mend=True))
+        self.assertEqual(
+            kernel.touched,
+            [
+                ":KPROXY-CLUSTER-IPS - [0:0]",
+                ":KPROXY-NO-PORT - [0:0]",
+                '-A KPROXY-NO-PORT -p tcp -m comment --comment "kproxy no such port" -j REJECT --reject-with tcp-reset',
+                '-A KPROXY-NO-PORT -m comment --comment "kproxy no such port" -j REJECT '
+                "--reject-with icmp-port-unreachable",
+                '-A KPROXY-REFUSE -d 10.96.0.10/32 -m comment --comment "kproxy ClusterIP 10.96.0.10" '
+                "-j KPROXY-NO-PORT",
+            ],
+        )
+        self.assertFalse(isOlder({"IPv4": kernel.save()}))
+
+    def test_smallSteps(self) -> None:
+        """One change is a few lines: a ClusterIP is one, and what refuses a frontend goes before it."""
+        locality = Locality(services=("10.96.0.0/16",))
+        old = Ruleset(dict(many(20).rules), clusterIPs=frozenset({"10.96.0.10"}), locality=locality)
+        steps: list[tuple[Delta, list[str]]] = [
+            (Delta(clusterIPsAdded=frozenset({"10.96.0.11"})), ["-A KPROXY-CLUSTER-IPS -d 10.96.0.11/32 "]),
+            (Delta(clusterIPsAdded=frozenset({"10.200.0.1"})), ["-A KPROXY-REFUSE -d 10.200.0.1/32 "]),
+            (
+                Delta(clusterIPsRemoved=frozenset({"10.96.0.10"})),
+                ["-D KPROXY-CLUSTER-IPS ", "-D KPROXY-NO-PORT ", "-D KPROXY-NO-PORT "],
+            ),
+            (
+                Delta({key("10.96.0.10", 9): same("drop")}),
+                ["-A KPROXY-PORTALS-", "-A KPROXY-PORTALS-", "-I KPROXY-REFUSE 1 -d 10.96.0.10/32 -p tcp "],
+            ),
+            (
+                Delta({key("203.0.113.5", 443): same(to(1), ("10.0.0.0/8",))}),
+                [*["-A KPROXY-PORTALS-"] * 4, "-I KPROXY-REFUSE 1 -d 203.0.113.5/32 -p tcp "],
+            ),
+        ]
+        for delta, lines in steps:
+            kernel = self.written(old)["IPv4"]
+            new = applied(old, delta)
+            kernel.restore(editScript(editsOf("IPv4", old, new, delta, textOf)))
+            self.assertEqual([line[: len(lines[n])] for n, line in enumerate(kernel.touched)], lines)
+            self.assertEqual(understood({"IPv4": kernel.save()})[0], ofFamily("IPv4", new))
+
+
+def ofFamily(family: Family, ruleset: Ruleset) -> Ruleset:
+    rules = {it: rule for it, rule in ruleset.rules.items() if it.family == family}
+    return structs.replace(ruleset, rules=rules)
+
+
 class LackingTests(SynchronousTestCase):
     """``lacking``."""
 
@@ -234,4 +301,6 @@ class LackingTests(SynchronousTestCase):
         said, frontends = lacking(SAMPLE, {"IPv6": "no ip6_tables"}, {})
         self.assertIn("no ip6_tables", said)
         self.assertEqual({it.family for it in frontends}, {"IPv6"})
+        said, frontends = lacking(Ruleset(clusterIPs=frozenset({"fd00::1"})), {"IPv6": "no ip6_tables"}, {})
+        self.assertEqual((said, frontends), ("ClusterIP fd00::1: no ip6_tables", frozenset()))
         self.assertTrue(lacking(Ruleset(guards=frozenset({Guard("IPv6", "TCP", 1)})), {"IPv6": "no"}, {})[0])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from twisted.internet.defer import Deferred, fail, succeed
@@ -14,6 +14,7 @@ from tests.shared.writers import key, same, to
 from twisted_kproxy.core.changes import Update
 from twisted_kproxy.core.rules import Delta, Guard, Ruleset, Target
 from twisted_kproxy.core.values import (
+    EVERYWHERE,
     Endpoint,
     Frontend,
     FrontendKey,
@@ -65,13 +66,24 @@ class FakeFlows:
     def __init__(self, writer: MemoryWriter) -> None:
         self.writer = writer
         self.calls: list[dict[FrontendKey, frozenset[Target]]] = []
+        self.looks: list[tuple[dict[FrontendKey, frozenset[Target]], set[Target]]] = []
         self.writesBefore: list[int] = []
         self.failure: Exception | None = None
 
-    def forget(self, stale: Mapping[FrontendKey, frozenset[Target]]) -> Deferred[int]:
+    def forget(self, stale: Mapping[FrontendKey, frozenset[Target]], nodePorts: Sequence[str]) -> Deferred[int]:
         self.calls.append(dict(stale))
+        return self._done(nodePorts, len(stale))
+
+    def reconcile(
+        self, led: Mapping[FrontendKey, frozenset[Target]], own: Collection[Target], nodePorts: Sequence[str]
+    ) -> Deferred[int]:
+        self.looks.append((dict(led), set(own)))
+        return self._done(nodePorts, 1)
+
+    def _done(self, nodePorts: Sequence[str], count: int) -> Deferred[int]:
+        assert tuple(nodePorts) == EVERYWHERE
         self.writesBefore.append(len(self.writer.writes))
-        return fail(self.failure) if self.failure else succeed(len(stale))
+        return fail(self.failure) if self.failure else succeed(count)
 
 
 class RulePlaneTests(SynchronousTestCase):
@@ -391,16 +403,17 @@ class RulePlaneTests(SynchronousTestCase):
     def test_staleFlows(self) -> None:
         """Flows to UDP frontends that changed are forgotten once the rules are in, but those that lead right."""
         self.start()
+        self.done()
         self.done(self.dns, self.web)
         where = key("10.96.0.3", 53, "UDP")
         self.assertEqual(self.flows.calls, [{where: frozenset({to(40003)})}])
-        self.assertEqual(self.flows.writesBefore, [1])
         self.done(service("dns", "10.96.0.3", 45003, "UDP", 53), service("web", "10.96.0.1", 40009))
         self.assertEqual(self.flows.calls[1:], [{where: frozenset({to(45003)})}])
-        self.assertEqual(self.flows.writesBefore, [1, 2])
+        self.assertEqual(self.flows.writesBefore, [1, 2, 3])
         self.done(service("dns", "10.96.0.3", 0, "UDP", 53))
         self.done()
         self.assertEqual(self.flows.calls[2:], [{where: frozenset()}, {where: frozenset()}])
+        self.assertEqual(len(self.flows.looks), 1)
 
     def test_flowsOfTcp(self) -> None:
         """TCP connections are left alone."""
@@ -408,31 +421,75 @@ class RulePlaneTests(SynchronousTestCase):
         self.done(self.web)
         self.done()
         self.assertEqual(self.flows.calls, [])
+        self.assertEqual(self.flows.looks, [({}, set())])
+
+    def test_allFlowsAtFirst(self) -> None:
+        """The first update looks at all flows: also where nothing had to be written, and at where rules led before."""
+        self.start()
+        self.done(self.dns, self.web)
+        where = key("10.96.0.3", 53, "UDP")
+        for ports, led, own in (
+            ((self.dns,), {where: frozenset({to(40003)})}, {to(40003)}),
+            ((), {where: frozenset()}, {to(40003)}),
+            ((), {}, set()),
+        ):
+            self.flows.looks.clear()
+            self.plane = self.makePlane()
+            self.start()
+            self.current = mapOf()
+            self.done(*ports)
+            self.assertEqual(self.flows.looks, [(led, own)])
+        self.assertEqual(self.flows.calls, [])
+
+    def test_allFlowsAfterFullWrite(self) -> None:
+        """All flows are looked at after each full comparison that wrote something, and after no other."""
+        self.start()
+        self.done(self.dns)
+        self.done(self.dns, full=True)
+        self.assertEqual(len(self.flows.looks), 1)
+        self.writer.disturb(None)
+        self.done(self.dns, full=True)
+        self.assertEqual(len(self.flows.looks), 2)
+        self.done(self.dns, full=True)
+        self.assertEqual(len(self.flows.looks), 2)
 
     def test_flowsFail(self) -> None:
-        """When flows cannot be forgotten, that is logged and the update is in force all the same."""
+        """When flows cannot be forgotten the update is in force all the same; the next full comparison tries again."""
         self.start()
+        self.done()
         self.flows.failure = OSError("no such thing")
         self.done(self.dns)
         self.done(self.dns, self.web)
         self.assertEqual(len(self.flows.calls), 1)
         self.assertEqual(len(self.writer.inForce.rules), 2)  # type: ignore[union-attr]
+        self.done(self.dns, self.web, full=True)
+        self.assertEqual(len(self.flows.looks), 2)
+        self.flows.failure = None
+        self.done(self.dns, self.web, full=True)
+        self.done(self.dns, self.web, full=True)
+        self.assertEqual(len(self.flows.looks), 3)
 
     def test_noFlowsBeforeRules(self) -> None:
-        """When the rules are refused no flow is touched."""
+        """When the rules are refused no flow is touched; once they are in, all are looked at."""
         self.start()
         self.writer.failures.append(RulesNotJudged("no"))
         self.failureResultOf(self.update(self.dns), RulesRejected)
-        self.assertEqual(self.flows.calls, [])
-
-    def test_flowsOfRepairedRules(self) -> None:
-        """Flows to a UDP frontend whose rule had to be repaired are forgotten, though the map is the same."""
-        self.start()
-        self.done(self.dns)
-        self.writer.disturb(None)
-        self.flows.calls.clear()
+        self.assertEqual((self.flows.calls, self.flows.looks), ([], []))
         self.done(self.dns, full=True)
-        self.assertEqual(list(self.flows.calls[0]), [key("10.96.0.3", 53, "UDP")])
+        self.writer.failures.append(RulesNotJudged("no"))
+        self.failureResultOf(self.update(), RulesRejected)
+        self.assertEqual((len(self.flows.calls), len(self.flows.looks)), (0, 1))
+        self.done(full=True)
+        self.assertEqual(len(self.flows.looks), 2)
+
+    def test_ownFlowsAtTheEnd(self) -> None:
+        """Stopping forgets what is led to our sockets, once the rules are gone; a failure is logged."""
+        self.start()
+        self.done(self.dns, self.web)
+        self.flows.failure = OSError("no such thing")
+        self.successResultOf(self.plane.stop(0))
+        self.assertEqual(self.flows.looks[1:], [({}, {to(40003)})])
+        self.assertTrue(self.writer.closed)
 
     # --- the end ---
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
-from tests.shared.writers import SAMPLE, key, many, same, to
+from tests.shared.writers import LOCALITY, SAMPLE, key, many, same, to
 from twisted_kproxy.core.rules import Delta, Guard, Rule, Ruleset, Target, applied, deltaBetween
 from twisted_kproxy.core.values import Endpoint, Frontend, Locality, ServicePort, ServicePortName
 from twisted_kproxy.netfilter.ruleset import CannotRender, Fragments, canonicalNetworks, fragment
@@ -73,6 +73,19 @@ class FragmentTests(SynchronousTestCase):
             error = self.assertRaises(CannotRender, fragment, ServicePort(NAME, "u", frontends, pool))
             self.assertIn("shop/web:http/TCP/IPv4", str(error))
 
+    def test_sources(self) -> None:
+        """A frontend's sources are its rule's; those of a node port, or of another family, cannot be."""
+        sources = ("10.0.0.0/8", "192.0.2.1/32")
+        one = Frontend("LoadBalancer", "203.0.113.5", 443, sources=sources)
+        made = fragment(ServicePort(NAME, "u", (one,), here(40001)))
+        self.assertEqual(made.rules, ((key("203.0.113.5", 443), same(to(40001), sources)),))
+        for frontend in (
+            Frontend("NodePort", None, 30080, sources=()),
+            Frontend("LoadBalancer", "203.0.113.5", 443, sources=("fd00::/8",)),
+        ):
+            error = self.assertRaises(CannotRender, fragment, ServicePort(NAME, "u", (frontend,), here(40001)))
+            self.assertIn("shop/web:http/TCP/IPv4", str(error))
+
     def test_cache(self) -> None:
         """A service port is rendered once per object; one that is equal but another object is rendered anew."""
         fragments = Fragments()
@@ -119,7 +132,7 @@ class DeltaTests(SynchronousTestCase):
 
     def test_toItself(self) -> None:
         """From a ruleset to itself there is nothing to do."""
-        self.assertFalse(deltaBetween(SAMPLE, Ruleset(dict(SAMPLE.rules), SAMPLE.guards, locality=SAMPLE.locality)))
+        self.assertFalse(deltaBetween(SAMPLE, Ruleset(dict(SAMPLE.rules), SAMPLE.guards, SAMPLE.clusterIPs, LOCALITY)))
 
     def test_everyStep(self) -> None:
         """A delta leads from the one to the other, whatever they are, and names only what differs."""

@@ -32,6 +32,7 @@ from twisted_kproxy.config import Config
 from twisted_kproxy.interfaces import KproxyError, NotAvailable
 
 GOOD = "[source:local]\ntype = files\npath = services.d\n"
+NOBODY = "[health]\nbind =\n[metrics]\nbind =\n"
 ETC = Path(__file__).parents[2] / "etc"
 TWISTD = os.path.join(os.path.dirname(sys.executable), "twistd")
 
@@ -183,9 +184,12 @@ class ShippedTests(TapCase):
         self.parse("--config", str(ETC / "kproxy.ini"))
 
     def test_unitLetsDrain(self) -> None:
-        """systemd waits for longer than connections are drained by default."""
+        """
+        systemd waits for longer than connections are drained by default, and lets the processes live that carry them.
+        """
         (seconds,) = self.unit()["TimeoutStopSec"]
         self.assertGreater(float(seconds), Config("x").drainTimeout)
+        self.assertEqual(self.unit()["KillMode"], ["mixed"])
 
     def test_unitPrivileges(self) -> None:
         """The unit gives up everything but two capabilities, and keeps what the proxy needs."""
@@ -205,6 +209,8 @@ class ShippedTests(TapCase):
             ("Restart", "always"),
             ("RestartSec", "500ms"),
             ("WatchdogSec", "30"),
+            # The one place where it may write: the access log.
+            ("LogsDirectory", "kproxy"),
         ):
             self.assertEqual(unit[key], [value])
         self.assertNotIn("root", unit.get("User", []))
@@ -299,6 +305,60 @@ class CleanupTests(TapCase):
         """Who may not write rules is told so before anything is tried."""
         self.assertEqual(self.cleanup(fail(AssertionError("must not be asked")).addErrback(lambda _: []), False), 1)
         self.assertIn("needs root, or the capability CAP_NET_ADMIN", self.err.getvalue())
+
+
+class RunPlanTests(TapCase):
+    """Showing what a run would do."""
+
+    def plan(self, result: Deferred[list[str]], mayRead: bool = True) -> int:
+        self.capture()
+        self.asked: list[Any] = []
+
+        def plan(reactor: Any, config: Config, may: bool) -> Deferred[list[str]]:
+            self.asked.append((config, may))
+            return result
+
+        return tap.runPlan(Config(path="x"), FakeReactor(), plan, mayRead)
+
+    def test_lines(self) -> None:
+        """The lines are printed; that something differs is no failure."""
+        self.assertEqual(self.plan(succeed(["+ a", "1 to add"])), 0)
+        self.assertEqual(self.out.getvalue(), "+ a\n1 to add\n")
+        self.assertEqual(self.asked, [(Config(path="x"), True)])
+
+    def test_noRight(self) -> None:
+        """Without the right to read rules it goes on without them."""
+        self.assertEqual(self.plan(succeed(["a"]), mayRead=False), 0)
+        self.assertEqual(self.asked, [(Config(path="x"), False)])
+
+    def test_unreadable(self) -> None:
+        """Sources that cannot be read are told, and make a failure."""
+        self.assertEqual(self.plan(fail(KproxyError("within 30 s these could not be read: c/Service"))), 1)
+        self.assertEqual(self.err.getvalue(), "kproxy: plan failed: within 30 s these could not be read: c/Service\n")
+
+    def test_exclusive(self) -> None:
+        """One thing at a time."""
+        error = self.assertRaises(UsageError, self.parse, "--check", "--plan", "--cleanup")
+        self.assertEqual(str(error), "--check and --plan and --cleanup exclude each other")
+
+    def test_faultyConfiguration(self) -> None:
+        """It begins with the configuration, as a run does."""
+        self.write("[nothing]\n")
+        self.assertEqual(self.exits("--plan", "--config", self.path), 1)
+        self.assertIn("[nothing]", self.err.getvalue())
+
+    def test_program(self) -> None:
+        """The real program, with rights to nothing: it reads the files, prints the plan and ends."""
+        text = yaml.safe_dump(manifest("web"))
+        Path(self.folder, "services.d", "a.yaml").write_text(text)
+        self.write(f"{GOOD}[rules]\nwriter = none\n")
+        done = subprocess.run(
+            [TWISTD, "kproxy", "--config", self.path, "--plan"], capture_output=True, text=True, cwd=self.folder,
+            timeout=60,
+        )
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        self.assertIn("  10.96.0.10:80/TCP reject\n", done.stdout)
+        self.assertIn("Not compared with the kernel", done.stdout)
 
 
 class ClockTests(SynchronousTestCase):
@@ -466,8 +526,7 @@ class TwistdTests(TapCase):
 
     def test_run(self) -> None:
         """It runs in the foreground with the journal's logger, tells when it is in force, and ends on SIGTERM."""
-        nobody = "[health]\nbind =\n[metrics]\nbind =\n"
-        self.write(f"{GOOD}[kproxy]\nlog-format = json\n[rules]\nwriter = none\n{nobody}")
+        self.write(f"{GOOD}[kproxy]\nlog-format = json\n[rules]\nwriter = none\n{NOBODY}")
         with open(os.path.join(self.folder, "services.d", "web.json"), "w") as file:
             json.dump(manifest("web"), file)
         args = [TWISTD, "-n", "--pidfile=", "--logger=twisted_kproxy.logs.journal", "kproxy", "--config", "kproxy.ini"]
@@ -486,3 +545,51 @@ class TwistdTests(TapCase):
         self.assertTrue(any(line.startswith("Applied 1 changed") for line in said), said)
         self.assertEqual(said[-1], "Server Shut Down.")
         self.assertEqual(sorted(os.listdir(self.folder)), ["kproxy.ini", "services.d"])
+
+    def test_reactor(self) -> None:
+        """It runs in its own reactor, unless twistd is told of another: then the engine makes do with that one."""
+        self.write(f"{GOOD}[rules]\nwriter = none\n[userspace]\nengine = python\n{NOBODY}")
+        for options, expected in (
+            ([], "events by the reactor's own epoll"),
+            (["--reactor=poll"], "events by an epoll nested in PollReactor"),
+            (["--reactor=epoll"], "events by an epoll nested in EPollReactor"),
+            (["--reactor=asyncio"], "events by an epoll nested in AsyncioSelectorReactor"),
+        ):
+            said = self.daemon(*options)
+            (line,) = [it for it in said if "Connections are relayed by" in it]
+            self.assertIn(f"the engine python in the reactor's thread; {expected}", line)
+            self.assertIn("Server Shut Down.", said[-1])
+
+    def test_withoutModule(self) -> None:
+        """Where the C module was not built, ``engine = auto`` runs in Python, and says why in the same line."""
+        folder = os.path.join(self.folder, "site")
+        os.mkdir(folder)
+        Path(folder, "sitecustomize.py").write_text(
+            "import sys\nsys.modules['twisted_kproxy.userspace.engines._pump'] = None\n"
+        )
+        self.write(f"{GOOD}[rules]\nwriter = none\n{NOBODY}")
+        said = self.daemon(env={"PYTHONPATH": folder})
+        (line,) = [it for it in said if "Connections are relayed by" in it]
+        self.assertIn("the engine python", line)
+        self.assertIn("(not native: its C module is not there", line)
+
+    def daemon(self, *options: str, env: dict[str, str] | None = None) -> list[str]:
+        """Run it in the foreground until a Service is in force; all that it has said."""
+        Path(self.folder, "services.d", "web.json").write_text(json.dumps(manifest("web")))
+        args = [TWISTD, "-n", "--pidfile=", *options, "kproxy", "--config", "kproxy.ini"]
+        said = []
+        with subprocess.Popen(
+            args, cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env={**os.environ, **(env or {})},
+        ) as process:
+            assert process.stdout is not None
+            try:
+                for line in process.stdout:
+                    said.append(line)
+                    if "Applied 1 changed" in line:
+                        process.send_signal(signal.SIGTERM)
+                self.assertIn(process.wait(30), (0, -signal.SIGTERM), said)
+            finally:
+                if process.poll() is None:
+                    process.kill()
+        return said

@@ -290,7 +290,10 @@ class AcceptingTests(TcpTestCase):
     """The listening socket."""
 
     async def test_tuning(self) -> None:
-        """Neither side has a Nagle delay; the client's has keepalive after 60 s, 4 times 15 s apart."""
+        """
+        Neither side has a Nagle delay; the client's has keepalive after 60 s, 4 times 15 s apart. Neither blocks: with
+        a blocking socket splice(2) would wait, and everything with it, as its own flag is for the pipe alone.
+        """
         seen: list[list[int]] = []
 
         class Looking(PairRelay):

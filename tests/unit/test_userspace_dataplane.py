@@ -458,6 +458,13 @@ class DataplaneTests(SynchronousTestCase):
         self.assertEqual(self.sockets()["web/cluster"], 40001)
         self.assertEqual(self.log[0], "open web/cluster")
 
+    def test_adoptsByAnyFrontend(self) -> None:
+        """One rule that is left of a pool is enough to find its port again, whichever frontend it is of."""
+        self.rules.earlier[FrontendKey("IPv4", "TCP", "", 30080)] = 45000
+        frontends = [Frontend("ClusterIP", "10.96.0.10", 80), Frontend("NodePort", None, 30080)]
+        self.update(servicePort(cluster=[A], frontends=frontends))
+        self.assertEqual(self.sockets(), {"web/cluster": 45000})
+
     def test_adoptsOrNot(self) -> None:
         """A former port that is taken by now is let go without a word."""
         self.rules.earlier[FrontendKey("IPv4", "TCP", "10.96.0.10", 80)] = 45000

@@ -28,6 +28,9 @@ class _NoEngine:
     def relay(self, *args: Any) -> Any:
         raise AssertionError("no worker took it")
 
+    def status(self) -> dict[str, Any]:
+        return {"engine": self.name, "active": 0}
+
     def stop(self) -> Deferred[None]:
         return succeed(None)
 
@@ -83,6 +86,9 @@ class WorkersTests(TestCase):
         await self.relay.started
         opened = [self.open() for _ in range(10)]
         self.assertEqual([it["active"] for it in self.relay.workers], [5, 5])
+        status = self.relay.status()
+        self.assertEqual((status["engine"], status["active"], status["daemon"]["active"]), ("python", 10, 0))
+        self.assertEqual([it["active"] for it in status["workers"]], [5, 5])
         for client, backend, _ in opened:
             client.close()
             backend.close()

@@ -71,6 +71,11 @@ class AffinityTable:
         self._bindings.move_to_end(client)
         return binding.seat.endpoint
 
+    def peek(self, client: str, now: float) -> Endpoint | None:
+        """As :meth:`find`, to look only: its time does not begin anew."""
+        binding = self._bindings.get(client)
+        return binding.seat.endpoint if binding is not None and now - binding.used < self._seconds else None
+
     def bind(self, client: str, endpoint: Endpoint, now: float) -> None:
         """The client belongs to that endpoint, whatever was before."""
         if client in self._bindings:

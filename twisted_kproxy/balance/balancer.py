@@ -230,6 +230,13 @@ class LoadBalancer:
             del self._leaving[name]
             self._forgetAliases(name)
 
+    def boundTo(self, pool: PoolName, client: str) -> Endpoint | None:
+        """Where affinity leads a client's next connection, ``None`` where it does not. To look changes nothing."""
+        state = self._find(pool)
+        if state is None or state.affinity is None:
+            return None
+        return state.affinity.peek(client, self._reactor.seconds())
+
     def status(self) -> Mapping[str, Any]:
         """
         By name, each pool that a frontend leads to or that has open connections: ``policy``, ``endpoints`` (address →

@@ -20,8 +20,13 @@ from ipaddress import (
     ip_network,
 )
 
-from .values import Family
+from .values import EVERYWHERE, Family
 
+_OCTET = "(?:25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])"
+#: what most are, and what needs nothing done to it
+_PLAIN = re.compile(rf"\A{_OCTET}(?:\.{_OCTET}){{3}}\Z")
+#: as the first octet of an IPv4 address: nothing speaks against it
+_ORDINARY = frozenset(str(octet) for octet in range(1, 224)) - {"127", "169"}
 _DOTTED = re.compile(r"\A[0-9]{1,9}(?:\.[0-9]{1,9}){3}\Z")
 _ZEROS = re.compile(r"(?<![0-9])0+(?=[0-9])")
 
@@ -37,6 +42,8 @@ def canonical(text: str) -> tuple[str, Family]:
 
     :raise BadAddress: with what was given.
     """
+    if _PLAIN.match(text):
+        return text, "IPv4"
     plain = text.strip()
     if _DOTTED.match(plain):
         plain = _ZEROS.sub("", plain)
@@ -59,6 +66,8 @@ def unusable(text: str) -> str | None:
     Why a canonical address can be neither endpoint nor frontend, ``None`` where it can. Traffic to these would stay
     on the node or go to everybody on the link (CVE-2021-25737).
     """
+    if text.partition(".")[0] in _ORDINARY:
+        return None
     it = ip_address(text)
     if it.is_unspecified:
         return "unspecified"
@@ -113,6 +122,11 @@ def contains(networks: tuple[str, ...], address: str) -> bool:
     return any(it in ip_network(text) for text in networks)
 
 
+def shortened(text: str, most: int = 300) -> str:
+    """What somebody has written, where it is to be shown: as much of it as people read."""
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
 def isMapped(text: str) -> bool:
     """Whether an address is written as IPv4 within IPv6 (``::ffff:10.0.0.1``)."""
     return ":" in text and canonical(text)[1] == "IPv4"
@@ -121,6 +135,11 @@ def isMapped(text: str) -> bool:
 def familyOf(address: str) -> Family:
     """The family of a canonical address or network."""
     return "IPv6" if ":" in address else "IPv4"
+
+
+def everywhere(family: Family) -> str:
+    """The network of all addresses of a family."""
+    return EVERYWHERE[family == "IPv6"]
 
 
 def sortKey(address: str) -> tuple[int, IPv4Address | IPv6Address]:

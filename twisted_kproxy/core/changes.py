@@ -37,10 +37,7 @@ class Update:
         self.previous = previous
         self.current = current
         self.full = full
-        self.changed: frozenset[ServicePortName] = frozenset(
-            name for name, port in current.items() if previous.get(name) is not port
-        )
-        self.removed: frozenset[ServicePortName] = frozenset(name for name in previous if name not in current)
+        self.changed, self.removed = current.since(previous)
         self.renamed = self._renamed()
 
     def __bool__(self) -> bool:

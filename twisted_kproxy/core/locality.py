@@ -13,12 +13,11 @@ from typing import Literal, TypeAlias
 from msgspec import Struct
 
 from . import wire
-from .addresses import BadAddress, canonical, familyOf, joined, network
+from .addresses import BadAddress, canonical, everywhere, familyOf, joined, network
 from .values import EVERYWHERE, FAMILIES, Family, Locality
 
 DetectLocal: TypeAlias = Literal["cluster-cidr", "node-cidr", "bridge", "interface-prefix"]
 LOCALHOST: dict[Family, str] = {"IPv4": "127.0.0.0/8", "IPv6": "::1/128"}
-_ALL: dict[Family, str] = dict(zip(FAMILIES, EVERYWHERE, strict=True))
 
 
 class NodeSettings(Struct, frozen=True):
@@ -126,5 +125,5 @@ def _nodePorts(words: Iterable[str], addresses: Iterable[str]) -> tuple[str, ...
         else:
             found.append(word)
             said.add(familyOf(word))
-    found += [_ALL[family] for family in FAMILIES if family not in said]
+    found += [everywhere(family) for family in FAMILIES if family not in said]
     return joined(found)

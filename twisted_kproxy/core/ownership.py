@@ -8,12 +8,27 @@ protocol) and not by object, it does not matter whether the new owner is seen be
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TypeAlias
 
 import msgspec
 
 from .values import FrontendKey, ServicePort, ServicePortName
+
+
+def healthCheckKey(port: ServicePort) -> FrontendKey | None:
+    """What a health-check port occupies: the same as a node port of that number would."""
+    return FrontendKey(port.name.family, "TCP", "", port.healthCheckPort) if port.healthCheckPort else None
+
+
+def _keys(port: ServicePort) -> Iterator[FrontendKey]:
+    """Everything that a service port claims."""
+    for frontend in port.frontends:
+        yield port.key(frontend)
+    health = healthCheckKey(port)
+    if health is not None:
+        yield health
+
 
 Rank: TypeAlias = tuple[str, ServicePortName]
 #: sorts behind every creationTimestamp: an object from a file takes nothing from one of the cluster
@@ -38,8 +53,8 @@ class Claims:
             are two at the most for each.
         """
         touched: set[ServicePortName] = set()
-        before = {(port.key(f), port.name) for port in old for f in port.frontends}
-        after = {(port.key(f), port.name) for port in new for f in port.frontends}
+        before = {(key, port.name) for port in old for key in _keys(port)}
+        after = {(key, port.name) for port in new for key in _keys(port)}
         for key, name in before - after:
             claimants = self._claims[key]
             rank = claimants.pop(name)
@@ -74,15 +89,17 @@ class Claims:
         return rank[1] if rank else None
 
     def owned(self, port: ServicePort) -> ServicePort:
-        """The service port with only those frontends that it owns; the same object when it owns all."""
+        """The service port with only what it owns; the same object when it owns all."""
         kept = tuple(f for f in port.frontends if self.owner(port.key(f)) == port.name)
+        health = healthCheckKey(port)
+        if health is not None and self.owner(health) != port.name:
+            return msgspec.structs.replace(port, frontends=kept, healthCheckPort=0)
         return port if len(kept) == len(port.frontends) else msgspec.structs.replace(port, frontends=kept)
 
     def pending(self, port: ServicePort) -> Mapping[FrontendKey, ServicePortName]:
-        """Frontends that the port claims and another one owns: key → owner."""
+        """What the port claims and another one owns: key → owner."""
         found = {}
-        for frontend in port.frontends:
-            key = port.key(frontend)
+        for key in _keys(port):
             owner = self.owner(key)
             if owner is not None and owner != port.name:
                 found[key] = owner

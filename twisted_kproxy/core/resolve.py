@@ -1,7 +1,7 @@
 """
 One Service, its slices and the node → the service ports that it means here.
 
-Port identity and endpoint rules follow kubernetes ``pkg/proxy/serviceport.go`` and ``endpointslicecache.go``.
+Port identity follows kubernetes ``pkg/proxy/serviceport.go``.
 """
 
 from __future__ import annotations
@@ -11,8 +11,19 @@ from collections.abc import Iterable, Iterator
 from msgspec import Struct
 
 from . import wire
-from .addresses import BadAddress, canonical, contains, familyOf, isMapped, joined, network, unusable
-from .topology import Candidate, NodeFacts, categorize
+from .addresses import (
+    BadAddress,
+    canonical,
+    contains,
+    everywhere,
+    familyOf,
+    joined,
+    network,
+    shortened,
+    unusable,
+)
+from .candidates import article, gather, ordered
+from .topology import NodeFacts, categorize
 from .values import FAMILIES, Family, Frontend, FrontendKind, PoolKind, Problem, Protocol, ServicePort, ServicePortName
 
 DEFAULT_AFFINITY_SECONDS = 10800
@@ -41,17 +52,31 @@ NOTHING = Resolved()
 
 
 def concerns(service: wire.Service, proxyName: str = "") -> bool:
-    """
-    Whether a Service is for a service proxy at all, and for one of that name (KEP-2447).
+    """Whether a Service is for a service proxy at all, and for one of that name (KEP-2447)."""
+    return unconcerning(service, proxyName) is None
 
-    ExternalName is a matter for DNS; a headless Service has no address to capture.
+
+def unconcerning(service: wire.Service, proxyName: str = "") -> str | None:
     """
-    if (service.metadata.label(wire.PROXY_NAME_LABEL) or "") != proxyName:
-        return False
-    if proxyName == "" and wire.PROXY_NAME_LABEL in (service.metadata.labels or {}):
-        return False
+    Why a Service is nothing for the proxy of that name, ``None`` where it is.
+
+    ExternalName is a matter for DNS; a headless Service has no address to capture, and one that is labelled as headless
+    is to be treated as such (kubernetes ``cmd/kube-proxy/app/server.go``).
+    """
+    label = service.metadata.label(wire.PROXY_NAME_LABEL)
+    if (label or "") != proxyName or (proxyName == "" and label is not None):
+        says = f"says {label!r}" if label is not None else "is not set"
+        return f"its label {wire.PROXY_NAME_LABEL} {says}, proxy-name of this one {proxyName!r}"
+    if wire.HEADLESS_LABEL in (service.metadata.labels or {}):
+        return f"it is headless: its label {wire.HEADLESS_LABEL} says so"
     spec = service.spec
-    return spec is not None and spec.type != "ExternalName" and spec.clusterIP not in (None, "", "None")
+    if spec is None:
+        return "it has no spec"
+    if spec.type == "ExternalName":
+        return "its type is ExternalName, which is a matter of DNS"
+    if spec.clusterIP in (None, "", "None"):
+        return "it is headless: without a ClusterIP there is nothing to serve"
+    return None
 
 
 def serviceOf(it: wire.EndpointSlice) -> tuple[str, str] | None:
@@ -113,10 +138,11 @@ class _Resolver:
         self.spec = service.spec
         self.status = service.status
         self.node = node
-        self.slices = sorted(slices, key=lambda it: it.metadata.name)
+        self.slices = ordered(slices)
         self.key = wire.keyOf(self.meta)
         self.problems: dict[Problem, None] = {}  # for its order
-        self.more = 0
+        self.more: set[Problem] = set()
+        self.balancers: set[str] = set()
         self.refusedFrontends: set[str] = set()
         self.refusedEndpoints: set[str] = set()
 
@@ -125,15 +151,16 @@ class _Resolver:
         specs = list(self._ports())
         affinity = self._affinity()
         isLoadBalancer = self.spec.type == "LoadBalancer" and self.spec.externalTrafficPolicy == "Local"
-        healthCheckPort = (self.spec.healthCheckNodePort or 0) if isLoadBalancer else 0
+        healthCheckPort = self._healthCheckPort() if isLoadBalancer else 0
         byFamily = self._addresses()
         ranges = self._sourceRanges()
         for family in FAMILIES:
             addresses = byFamily.get(family)
             if not addresses:
                 continue
-            for name, protocol, spec in specs:
-                pools = categorize(self._candidates(name, protocol, family), self.node)
+            for number, (name, protocol, spec) in enumerate(specs):
+                found = gather(self.slices, name, protocol, family, self.node, self._slice)
+                pools = categorize(found.values(), self.node)
                 ports.append(
                     ServicePort(
                         name=ServicePortName(self.meta.namespace or "", self.meta.name, name, protocol, family),
@@ -143,29 +170,33 @@ class _Resolver:
                         local=pools.local,
                         reachable=pools.reachable,
                         affinitySeconds=affinity,
-                        healthCheckPort=healthCheckPort,
+                        healthCheckPort=0 if number else healthCheckPort,
                         localReady=pools.localReady,
                         serving=pools.serving if protocol == "UDP" else frozenset(),
                     )
                 )
         if self.more:
-            self.problems[Problem("Service", self.key, f"and {self.more} more that are like these")] = None
+            self.problems[Problem("Service", self.key, f"and {len(self.more)} more that are like these")] = None
         return Resolved(
             tuple(ports), tuple(self.problems), len(self.refusedFrontends), len(self.refusedEndpoints)
         )
 
     def _problem(self, reason: str, refused: str = "") -> None:
-        """:param refused: the address or port that must not be reached, where that is the problem."""
+        """
+        Note a problem of the Service.
+
+        :param refused: the address or port that must not be reached, where that is the problem.
+        """
         if refused:
             self.refusedFrontends.add(refused)
-        self._note(Problem("Service", self.key, reason, bool(refused)))
+        self._note(Problem("Service", self.key, shortened(reason), bool(refused)))
 
     def _note(self, problem: Problem) -> None:
         """One object must not fill the log: the first few of its problems say enough."""
-        if problem in self.problems or len(self.problems) < MOST_PROBLEMS:
+        if len(self.problems) < MOST_PROBLEMS:
             self.problems[problem] = None
-        else:
-            self.more += 1
+        elif problem not in self.problems:
+            self.more.add(problem)
 
     def _ports(self) -> Iterator[tuple[str, Protocol, wire.ServicePortSpec]]:
         """Ports that can be served; of two that claim the same name or the same number, the first in the list."""
@@ -203,6 +234,13 @@ class _Resolver:
             return DEFAULT_AFFINITY_SECONDS
         return seconds
 
+    def _healthCheckPort(self) -> int:
+        number = self.spec.healthCheckNodePort or 0
+        if not 0 <= number < 65536:
+            self._problem(f"healthCheckNodePort {number} is not a port number (1 to 65535)")
+            return 0
+        return number
+
     def _addresses(self) -> dict[Family, list[tuple[FrontendKind, str]]]:
         """
         For each family that has a ClusterIP, every address to capture, the ClusterIP first and none twice. A family
@@ -239,14 +277,23 @@ class _Resolver:
         for ingress in (balancer.ingress if balancer else None) or ():
             # KEP-1860: with mode Proxy packets must go round by the load balancer
             if ingress.ipMode in (None, "VIP"):
+                self._isBalancer(ingress.ip)
                 take("LoadBalancer", "status.loadBalancer.ingress", ingress.ip, False)
         return found
+
+    def _isBalancer(self, text: str | None) -> None:
+        """An address of a load balancer is restricted to its source ranges, also where it is an external IP as well."""
+        if text:
+            try:
+                self.balancers.add(canonical(text)[0])
+            except BadAddress:
+                return  # told elsewhere
 
     def _refusal(self, kind: FrontendKind, address: str) -> str | None:
         """Why nobody may be led away from an address, ``None`` where it may be served (CVE-2020-8554)."""
         why = unusable(address)
         if why:
-            return f"is a {why} address"
+            return f"is {article(why)} {why} address"
         if kind == "ClusterIP":
             # All of such an address is taken, not only the ports of the Service.
             return "is an address of this node" if address in self.node.addresses else None
@@ -258,22 +305,23 @@ class _Resolver:
 
     def _sourceRanges(self) -> dict[Family, tuple[str, ...]]:
         """
-        The networks that may reach addresses of load balancers. A family for which none is given is open to all; so
-        that a slip opens nothing, where not one can be read it is closed.
+        The networks that may reach addresses of load balancers. A family for which none is given is open to all, but
+        a slip opens nothing: what cannot be read lets nobody in, rather than everybody.
         """
         found: dict[Family, list[str]] = {}
-        texts = [text for text in self.spec.loadBalancerSourceRanges or () if text.strip()]
-        for text in texts:
+        for text in self.spec.loadBalancerSourceRanges or ():
+            if not text.strip():
+                continue
             try:
                 cidr, family = network(text)
             except BadAddress as error:
-                self._problem(f"loadBalancerSourceRanges: {error}")
-                continue
-            found.setdefault(family, []).append(cidr)
-        if texts and not found:
-            self._problem("loadBalancerSourceRanges: no range can be read, so nobody is let in")
-            return dict.fromkeys(FAMILIES, ())
-        return {family: joined(networks) for family, networks in found.items()}
+                self._problem(f"loadBalancerSourceRanges: {error}; it lets nobody in")
+                for meant in _familiesOf(text):
+                    found.setdefault(meant, [])
+            else:
+                found.setdefault(family, []).append(cidr)
+        ranges = {family: joined(networks) for family, networks in found.items()}
+        return {family: networks for family, networks in ranges.items() if networks != (everywhere(family),)}
 
     def _frontends(
         self,
@@ -291,7 +339,7 @@ class _Resolver:
                 where = f"{address}:{spec.port}"
                 self._problem(f"{where} is where the API server is reached; it is not served", where)
             else:
-                sources = self._withSelf(ranges, address) if kind == "LoadBalancer" else None
+                sources = self._withSelf(ranges, address) if address in self.balancers else None
                 yield Frontend(kind, address, spec.port, external, "cluster", sources)
         if spec.nodePort:
             if not 0 < spec.nodePort < 65536:
@@ -311,69 +359,18 @@ class _Resolver:
             return ranges
         return joined((*ranges, f"{address}/{32 if familyOf(address) == 'IPv4' else 128}"))
 
-    def _candidates(self, name: str, protocol: Protocol, family: Family) -> Iterable[Candidate]:
-        """
-        Every endpoint of one service port, once. Of duplicates the later one (in order of slice names) counts,
-        unless it is terminating: a running pod beats a terminating one that had the same address.
-        """
-        found: dict[str, Candidate] = {}
-        for it in self.slices:
-            if it.addressType != family:
-                continue
-            for port in it.ports or ():
-                if port.name is None:
-                    self._slice(it, "a port without name is ignored")
-                elif port.name == name and (port.protocol or "TCP") == protocol:
-                    if port.port is None or not 0 < port.port < 65536:
-                        self._slice(it, f"port {name!r} has no usable number ({port.port}) and is ignored")
-                    else:
-                        self._members(it, port.port, family, found)
-        return found.values()
+    def _slice(self, it: wire.EndpointSlice, reason: str, refused: str) -> None:
+        if refused:
+            self.refusedEndpoints.add(refused)
+        self._note(Problem("EndpointSlice", wire.keyOf(it.metadata), shortened(reason), bool(refused)))
 
-    def _members(self, it: wire.EndpointSlice, port: int, family: Family, found: dict[str, Candidate]) -> None:
-        for member in it.endpoints or ():
-            if not member.addresses:
-                continue
-            try:
-                address, actual = canonical(member.addresses[0])
-            except BadAddress as error:
-                self._slice(it, f"endpoint: {error}")
-                continue
-            why = unusable(address) or ("IPv4-mapped" if isMapped(member.addresses[0]) else None)
-            if why:
-                self.refusedEndpoints.add(address)
-                what = f"an {why}" if why[0] in "IU" else f"a {why}"
-                self._slice(it, f"endpoint {address} is {what} address; it is not used", True)
-                continue
-            if actual != family:
-                self._slice(it, f"endpoint {address} is not an {family} address; it is not used")
-                continue
-            candidate = _candidate(member, address, port, self.node)
-            earlier = found.get(candidate.key)
-            if earlier is None or not candidate.terminating:
-                found[candidate.key] = candidate
 
-    def _slice(self, it: wire.EndpointSlice, reason: str, refused: bool = False) -> None:
-        self._note(Problem("EndpointSlice", wire.keyOf(it.metadata), reason, refused))
+def _familiesOf(text: str) -> tuple[Family, ...]:
+    """Which families a network that cannot be read may have been meant for."""
+    if ":" in text:
+        return ("IPv6",)
+    return ("IPv4",) if "." in text else FAMILIES
 
 
 def _sameFamily(one: str, other: str) -> bool:
     return familyOf(one) == familyOf(other)
-
-
-def _candidate(member: wire.SliceEndpoint, address: str, port: int, node: NodeFacts) -> Candidate:
-    conditions = member.conditions or wire.EndpointConditions()
-    ready = conditions.ready is not False
-    # discovery.k8s.io/v1beta1 names the node by a topology label
-    nodeName = member.nodeName or (member.topology or {}).get("kubernetes.io/hostname")
-    hints = member.hints or wire.EndpointHints()
-    return Candidate(
-        address=address,
-        port=port,
-        ready=ready,
-        serving=conditions.serving is not False,
-        terminating=conditions.terminating is True,
-        isLocal=bool(nodeName) and nodeName == node.name,
-        zones=frozenset(it.name for it in hints.forZones or ()),
-        nodes=frozenset(it.name for it in hints.forNodes or ()),
-    )

@@ -42,12 +42,23 @@ class Rule(Struct, frozen=True, gc=False):
     :ivar outside: those of everybody else.
     :ivar inside: those of the node itself and of pods, as :attr:`Ruleset.locality` has it.
     :ivar sources: networks that either of the two is for, canonical, sorted and apart from each other; packets of all
-        others are dropped. ``None`` for no such restriction.
+        others are dropped. ``None`` for no such restriction. Node ports have none.
     """
 
     outside: Verdict
     inside: Verdict
     sources: tuple[str, ...] | None = None
+
+
+def portInForce(rule: Rule | None) -> int | None:
+    """
+    The local port to which a rule leads, ``None`` where it leads nowhere. Where insiders and outsiders are led to two
+    ports, that of the outsiders counts.
+    """
+    for verdict in (rule.outside, rule.inside) if rule is not None else ():
+        if isinstance(verdict, Target):
+            return verdict.port
+    return None
 
 
 class Guard(Struct, frozen=True, order=True, gc=False):

@@ -7,11 +7,14 @@ terminating), KEP-2433 and KEP-4444 (hints).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Literal, TypeAlias
 
 from msgspec import Struct
 
 from .values import Endpoint
+
+StageName: TypeAlias = Literal["ready", "terminating", "local", "node hints", "zone hints"]
 
 
 class NodeFacts(Struct, frozen=True):
@@ -41,6 +44,7 @@ class Candidate(Struct, frozen=True):
     :ivar serving: it answers, even if it should get no new work.
     :ivar zones: hints ``forZones``; empty for none.
     :ivar nodes: hints ``forNodes``; empty for none.
+    :ivar nodeName: where it runs; empty where that is not said.
     """
 
     address: str
@@ -51,10 +55,40 @@ class Candidate(Struct, frozen=True):
     isLocal: bool = False
     zones: frozenset[str] = frozenset()
     nodes: frozenset[str] = frozenset()
+    nodeName: str = ""
 
     @property
     def key(self) -> str:
         return f"[{self.address}]:{self.port}" if ":" in self.address else f"{self.address}:{self.port}"
+
+
+class Stage(Struct, frozen=True):
+    """
+    One step of a choice: it lets some endpoints through. Who is left out by the first step that leaves it out is left
+    out for that reason.
+
+    :ivar what: ``ready`` lets those through that are ready, ``terminating`` (where none is) those that still serve,
+        ``local`` those of this node, ``node hints`` and ``zone hints`` those whose hints name this node or zone.
+    :ivar kept: those let through.
+    :ivar without: of hints: an endpoint that has none of that kind, which switches them off for all; then none is kept.
+    """
+
+    what: StageName
+    kept: Sequence[Candidate]
+    without: Candidate | None = None
+
+
+class Sifted(Struct, frozen=True):
+    """
+    How both pools come to be.
+
+    :ivar cluster: the steps to the cluster pool, which is what the last one lets through; ``local`` the same.
+    :ivar hints: steps by hints that were tried; one that let somebody through is the last of ``cluster`` as well.
+    """
+
+    cluster: tuple[Stage, ...]
+    local: tuple[Stage, ...]
+    hints: tuple[Stage, ...] = ()
 
 
 class Pools(Struct, frozen=True):
@@ -73,39 +107,62 @@ class Pools(Struct, frozen=True):
 
 
 def categorize(candidates: Iterable[Candidate], node: NodeFacts) -> Pools:
-    """
-    Decide both pools.
-
-    Ready endpoints are used if there are any; else those that serve while terminating, separately for the cluster
-    pool (which then ignores hints) and the local one.
-    """
+    """Decide both pools."""
     every = list(candidates)
-    ready = [it for it in every if it.ready]
-    leaving = [it for it in every if it.serving and it.terminating]
-    localReady = [it for it in ready if it.isLocal]
-    cluster = _hinted(ready, node) or leaving
-    local = localReady or [it for it in leaving if it.isLocal]
+    sifted = sift(every, node)
+    usable, local = sifted.cluster[0], sifted.local[-1]
     return Pools(
-        cluster=_endpoints(cluster),
-        local=_endpoints(local),
-        reachable=bool(ready or leaving),
-        localReady=frozenset(it.address for it in localReady),
+        cluster=endpointsOf(sifted.cluster[-1].kept),
+        local=endpointsOf(local.kept),
+        reachable=bool(usable.kept),
+        localReady=frozenset(it.address for it in local.kept) if local.what == "ready" else frozenset(),
         serving=frozenset(it.key for it in every if it.serving),
     )
 
 
-def _hinted(ready: Sequence[Candidate], node: NodeFacts) -> Sequence[Candidate]:
+def sift(every: Sequence[Candidate], node: NodeFacts) -> Sifted:
+    """
+    Choose step by step.
+
+    Ready endpoints are used if there are any; else those that serve while terminating, separately for the cluster
+    pool (which then ignores hints) and the local one.
+    """
+    usable = _usable(every)
+    here = Stage("local", [it for it in every if it.isLocal])
+    local = (here, _usable(here.kept))
+    if usable.what != "ready":
+        return Sifted((usable,), local)
+    hints: list[Stage] = []
+    for step in _hinted(usable.kept, node):
+        hints.append(step)
+        if step.kept:
+            return Sifted((usable, step), local, tuple(hints))
+    return Sifted((usable,), local, tuple(hints))
+
+
+def _usable(every: Sequence[Candidate]) -> Stage:
+    ready = [it for it in every if it.ready]
+    if ready:
+        return Stage("ready", ready)
+    return Stage("terminating", [it for it in every if it.serving and it.terminating])
+
+
+def _hinted(ready: Sequence[Candidate], node: NodeFacts) -> Iterator[Stage]:
     """One endpoint without a hint switches that level of hints off, as does a level that names nobody here."""
-    if ready and all(it.nodes for it in ready):
-        here = [it for it in ready if node.name in it.nodes]
-        if here:
-            return here
-    if ready and node.zone and all(it.zones for it in ready):
-        here = [it for it in ready if node.zone in it.zones]
-        if here:
-            return here
-    return ready
+    for it in ready:
+        if not it.nodes:
+            yield Stage("node hints", (), it)
+            break
+    else:
+        yield Stage("node hints", [it for it in ready if node.name in it.nodes])
+    for it in ready:
+        if not it.zones:
+            yield Stage("zone hints", (), it)
+            break
+    else:
+        yield Stage("zone hints", [it for it in ready if node.zone and node.zone in it.zones])
 
 
-def _endpoints(candidates: Iterable[Candidate]) -> tuple[Endpoint, ...]:
+def endpointsOf(candidates: Iterable[Candidate]) -> tuple[Endpoint, ...]:
+    """A pool of these."""
     return tuple(sorted(Endpoint(it.address, it.port, it.isLocal) for it in candidates))

@@ -7,7 +7,7 @@ A service port belongs to one IP family, and the family is part of its name: dua
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import ItemsView, Iterator, Mapping
 from typing import Any, Literal, TypeAlias
 
 from msgspec import Struct
@@ -22,6 +22,8 @@ FAMILIES: tuple[Family, ...] = ("IPv4", "IPv6")
 KINDS: tuple[Kind, ...] = ("Service", "EndpointSlice", "Endpoints", "Node", "ServiceCIDR")
 #: every address of both families
 EVERYWHERE: tuple[str, ...] = ("0.0.0.0/0", "::/0")
+#: A service map is so many changes away from the whole one that it shares with others; then it becomes a whole one.
+MOST_LAYERED = 512
 
 
 class ServicePortName(Struct, frozen=True, order=True, gc=False):
@@ -113,6 +115,9 @@ class ServicePort(Struct, frozen=True, gc=False):
     :ivar reachable: an endpoint exists somewhere. A frontend with an empty pool drops what it gets when it does
         (the client tries again, and elsewhere), and refuses it when it does not.
     :ivar affinitySeconds: ClientIP affinity's sliding time; 0 for none.
+    :ivar healthCheckPort: where load balancers ask whether this node has endpoints of the Service; 0 where they do not,
+        where another Service owns that port, and for all but the first of the Service's ports in a family, which has it
+        for all of them.
     :ivar localReady: addresses of this node's endpoints that are ready: terminating ones never count. It is these that
         the answer on the health-check port counts.
     :ivar serving: ``address:port`` of every endpoint that still serves, in a pool or not: established UDP flows to
@@ -168,13 +173,14 @@ PLAIN = Locality()
 
 class ServiceMap(Mapping[ServicePortName, ServicePort]):
     """
-    All service ports of this node, immutable.
+    All service ports of this node, immutable. One that is a :meth:`step` away from another shares with it what did not
+    change: neither making it nor comparing the two takes longer where there are many service ports.
 
     :ivar generation: grows with each map that differs from the one before.
     :ivar locality: which addresses mean what here.
     """
 
-    __slots__ = ("_ports", "generation", "locality")
+    __slots__ = ("_base", "_length", "_over", "generation", "locality")
 
     def __init__(
         self,
@@ -182,18 +188,68 @@ class ServiceMap(Mapping[ServicePortName, ServicePort]):
         generation: int = 0,
         locality: Locality = PLAIN,
     ) -> None:
-        self._ports = dict(ports or {})
+        self._base: dict[ServicePortName, ServicePort] = dict(ports or {})
+        #: what is otherwise than in the base, ``None`` for what is not there; the base is shared, and never changes
+        self._over: dict[ServicePortName, ServicePort | None] = {}
+        self._length = len(self._base)
         self.generation = generation
         self.locality = locality
 
+    def step(
+        self, changes: Mapping[ServicePortName, ServicePort | None], generation: int, locality: Locality
+    ) -> ServiceMap:
+        """
+        The map with these changes.
+
+        :param changes: name → what it is now, ``None`` where it has gone.
+        """
+        over = {**self._over, **changes}
+        for name, port in changes.items():
+            if self._base.get(name) is port:
+                del over[name]
+        made = ServiceMap(None, generation, locality)
+        made._base, made._over = self._base, over
+        made._length = self._length + sum(
+            (port is not None) - (name in self) for name, port in changes.items()
+        )
+        return made if len(over) <= MOST_LAYERED else ServiceMap(dict(made.items()), generation, locality)
+
+    def since(self, previous: ServiceMap) -> tuple[frozenset[ServicePortName], frozenset[ServicePortName]]:
+        """The names of those that are new or another object than before, and of those that are gone."""
+        if self._base is previous._base:
+            names = self._over.keys() | previous._over.keys()
+            changed = frozenset(it for it in names if it in self and self[it] is not previous.get(it))
+            return changed, frozenset(it for it in names if it not in self and it in previous)
+        changed = frozenset(name for name, port in self.items() if previous.get(name) is not port)
+        return changed, frozenset(name for name in previous if name not in self)
+
     def __getitem__(self, name: ServicePortName) -> ServicePort:
-        return self._ports[name]
+        port = self._over[name] if name in self._over else self._base[name]
+        if port is None:
+            raise KeyError(name)
+        return port
+
+    def __contains__(self, name: object) -> bool:
+        return self._over[name] is not None if name in self._over else name in self._base
+
+    def get(self, name: ServicePortName, default: Any = None) -> Any:
+        port = self._over[name] if name in self._over else self._base.get(name)
+        return default if port is None else port
 
     def __iter__(self) -> Iterator[ServicePortName]:
-        return iter(self._ports)
+        if not self._over:
+            return iter(self._base)
+        return self._merged()
+
+    def _merged(self) -> Iterator[ServicePortName]:
+        yield from (name for name in self._base if name in self)
+        yield from (name for name, port in self._over.items() if port is not None and name not in self._base)
+
+    def items(self) -> ItemsView[ServicePortName, ServicePort]:
+        return super().items() if self._over else self._base.items()
 
     def __len__(self) -> int:
-        return len(self._ports)
+        return self._length
 
     def __repr__(self) -> str:
         return f"<ServiceMap {self.generation}: {len(self)} service ports>"
@@ -247,8 +303,6 @@ class Reached(Struct, frozen=True):
 
     source: str
     servers: frozenset[tuple[str, int]]
-
-
 
 
 class Problem(Struct, frozen=True, order=True):

@@ -6,12 +6,13 @@ API may leave out or send as ``null`` has a default here, and its meaning is dec
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import msgspec
 from msgspec import Raw, Struct
 
-from .addresses import BadAddress, canonical
+from .addresses import BadAddress, canonical, shortened
 from .values import Kind
 
 SERVICE_NAME_LABEL = "kubernetes.io/service-name"
@@ -22,6 +23,8 @@ CLUSTER_WIDE: tuple[Kind, ...] = ("Node", "ServiceCIDR")
 SERVICE_TYPES = ("ClusterIP", "NodePort", "LoadBalancer", "ExternalName")
 PROTOCOLS = ("TCP", "UDP", "SCTP")
 CHANGE_TRIGGER_ANNOTATION = "endpoints.kubernetes.io/last-change-trigger-time"
+#: a DNS subdomain (RFC 1123), as the names of all these kinds are; namespaces are even narrower
+_NAME = re.compile(r"[a-z0-9](?:[-a-z0-9.]{0,251}[a-z0-9])?\Z")
 
 
 class ObjectMeta(Struct, frozen=True):
@@ -265,7 +268,7 @@ class Unreadable(ValueError):
     def __init__(self, key: str, reason: str) -> None:
         super().__init__(reason)
         self.key = key
-        self.reason = reason
+        self.reason = shortened(reason)
 
 
 def keyOf(meta: ObjectMeta | Identity) -> str:
@@ -324,9 +327,9 @@ def _fault(service: Service) -> str | None:
                 return f"clusterIP: {error}"
     for port in spec.ports or ():
         if not 0 < port.port < 65536:
-            return f"port {port.port} is not in 1 to 65535"
+            return f"port {shortened(str(port.port), 20)} is not in 1 to 65535"
         if port.nodePort is not None and not 0 <= port.nodePort < 65536:
-            return f"nodePort {port.nodePort} is not in 1 to 65535"
+            return f"nodePort {shortened(str(port.nodePort), 20)} is not in 1 to 65535"
         if port.protocol not in (None, "", *PROTOCOLS):
             return f"protocol {port.protocol!r} is none of {', '.join(PROTOCOLS)}"
     return None
@@ -337,6 +340,10 @@ def _checked(kind: Kind, it: Any) -> Any:
         raise Unreadable("", "it has no metadata.name")
     if kind not in CLUSTER_WIDE and not it.metadata.namespace:
         raise Unreadable(it.metadata.name, "it has no metadata.namespace")
+    for field, name in (("name", it.metadata.name), ("namespace", it.metadata.namespace)):
+        if name and not _NAME.match(name):
+            reason = f"metadata.{field} {name[:80]!r} is not made of small letters, digits, '-' and '.', at most 253"
+            raise Unreadable(keyOf(it.metadata), reason)
     fault = _fault(it) if kind == "Service" else None
     if fault:
         raise Unreadable(keyOf(it.metadata), fault)

@@ -210,21 +210,10 @@ class IptablesWriter:
         return self._call(Request("adopt"), RulesRejected).addCallback(found)
 
     def apply(self, delta: Delta) -> Deferred[None]:
-        request = self._request(
-            "apply",
-            rules=list(delta.rules.items()),
-            guards=delta.guardsAdded,
-            guardsRemoved=delta.guardsRemoved,
-            insiders=delta.locality.insiders if delta.locality is not None else None,
-        )
-        return self._call(request, RulesRejected).addCallback(self._wrote)
+        return self._call(Request.applying(delta, LOCK_SECONDS), RulesRejected).addCallback(self._wrote)
 
     def replace(self, ruleset: Ruleset) -> Deferred[None]:
-        request = self._request(
-            "replace", rules=list(ruleset.rules.items()), guards=ruleset.guards,
-            insiders=ruleset.locality.insiders,
-        )
-        return self._call(request, RulesRejected).addCallback(self._wrote)
+        return self._call(Request.replacing(ruleset, LOCK_SECONDS), RulesRejected).addCallback(self._wrote)
 
     def watch(self, changed: Callable[[], None] | None) -> None:
         """
@@ -245,7 +234,7 @@ class IptablesWriter:
             self._noted(reply)
             return reply.changed
 
-        return self._call(self._request("cleanup"), RulesRejected).addCallback(cleaned)
+        return self._call(Request("cleanup", lockSeconds=LOCK_SECONDS), RulesRejected).addCallback(cleaned)
 
     def close(self) -> Deferred[None]:
         """Fires when the worker has ended."""
@@ -255,10 +244,6 @@ class IptablesWriter:
         return DeferredList([self._farewell(worker) for worker in self._workers]).addCallback(lambda _: None)
 
     # --- the worker ---
-
-    @staticmethod
-    def _request(op: str, **said: Any) -> Request:
-        return Request(op, lockSeconds=LOCK_SECONDS, **said)
 
     def _wrote(self, reply: Reply) -> None:
         self._mayBeOurs = True

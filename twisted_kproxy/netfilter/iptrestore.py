@@ -26,11 +26,12 @@ from .netlink import SocketOpener
 from .ruleset import Invalid
 from .slices import inSlices
 from .xtbytes import UnknownBytes
-from .xtlayout import checking, familiesOf
+from .xtlayout import familiesOf
 from .xtshapes import lacking
-from .xtstate import Tables, fingerprint, stepOf, understood
+from .xtstate import Tables, fingerprint, isOlder, stepOf, understood
 from .xtsteps import editsOf
 from .xttext import textOf
+from .xtvalid import checking
 
 #: A step of more changed frontends than this, and than an eighth of all, is written as a whole: a deletion walks its
 #: chain, and in the variant over nf_tables that walk is a comparison of texts.
@@ -70,7 +71,8 @@ class RestoreWriter:
         self._found: Found | None = None
         self._known: Ruleset | None = None
         self._families: set[Family] = set()  # those that have our chains
-        self._mend = False  # what is there could not be understood; what is good of it is to be kept
+        #: What is there could not be understood, or is of an earlier version; what is good of it is to be kept.
+        self._mend = False
         self._torn = False
         self._warned = False
         self._oneAtATime = DeferredLock()
@@ -165,7 +167,7 @@ class RestoreWriter:
             self.log.info("The rules in force cannot be understood: {error}.", error=error)
             return None
         self._known = found
-        self._mend = found is None and bool(self._families)
+        self._mend = (found is None and bool(self._families)) or isOlder(tables)
         if found is not None:
             self._print = await self.tools.inThread(size, fingerprint, tables)
         return self._known
@@ -185,11 +187,17 @@ class RestoreWriter:
             raise RulesRejected("there is nothing in force, or nothing that can be read, that a step could apply to")
         new, changed = await inSlices(self._reactor, stepOf(old, delta))
         found = await self._checked(
-            Ruleset({key: rule for key, rule in changed.rules.items() if rule}, new.guards, locality=new.locality)
+            Ruleset(
+                {key: rule for key, rule in changed.rules.items() if rule},
+                new.guards,
+                delta.clusterIPsAdded,
+                new.locality,
+            )
         )
         bulk = len(changed.rules) > max(BULK[found.variant], len(old.rules) // 8)
-        if bulk or new.locality != old.locality or not familiesOf(new) <= self._families:
-            await self._writeWhole(new, old, False)
+        if bulk or self._mend or new.locality != old.locality or not self._wanted(new) <= self._families:
+            await self._writeWhole(new, old, self._mend)
+            self._mend = False
             return
         scripts = {
             family: xtscript.editScript(editsOf(family, old, new, changed, textOf))
@@ -239,7 +247,8 @@ class RestoreWriter:
     def _wanted(self, ruleset: Ruleset) -> set[Family]:
         """One family's chains are there even when nothing needs them: that there is a ruleset is a fact too."""
         missing = self._found.missing if self._found is not None else {}
-        return familiesOf(ruleset) | set([family for family in FAMILIES if family not in missing][:1])
+        usable = [family for family in FAMILIES if family not in missing]
+        return familiesOf(ruleset) & {*usable} | {*usable[:1]}
 
     async def _write(self, scripts: dict[Family, str], old: Ruleset | None) -> None:
         """

@@ -10,13 +10,12 @@ from typing import Any, Literal, TypeAlias
 from msgspec import Struct
 from twisted.internet.defer import Deferred, gatherResults
 
-from ..core.rules import Ruleset
 from ..core.values import FAMILIES, Family
 from ..interfaces import NotAvailable, RulesNotJudged, RulesRejected
 from .threads import Threads
 from .tool import Finished, Tool, TooSlow, find
 from .xtbytes import UnknownBytes
-from .xtlayout import CHAINS, JUMPS, TABLES, Content, TableName, render
+from .xtlayout import CHAINS, JUMPS, TABLES, TableName
 from .xtshapes import sctpShapes, shapes
 from .xttext import Saved, parseSave, textOf
 
@@ -238,8 +237,7 @@ class IptablesTools:
 def shapesScript(family: Family, sctpToo: bool) -> tuple[str, dict[TableName, dict[str, list[str]]]]:
     """One rule of each shape, as a script; and what the chains hold then."""
     some = sctpShapes(family) if sctpToo else shapes(family)
-    content: Content[str] = render(Ruleset(), family, textOf)
-    chains: dict[TableName, dict[str, list[str]]] = {name: content.of(name) for name in TABLES}
+    chains: dict[TableName, dict[str, list[str]]] = {name: {chain: [] for chain in CHAINS[name]} for name in TABLES}
     for name, chain, entry in some:
         chains[name][chain].append(textOf(entry))
     script = ""

@@ -158,6 +158,31 @@ class NetlinkSocket:
                     raise self._error(payload, flags) or OSError(errno.EPROTO, "no generation was given")
                 return int.from_bytes(dict(attributes(payload, 4)).get(1, b""), "big")
 
+    def buffers(self, kind: int, family: int, payload: bytes = b"") -> Iterator[tuple[bytes, int]]:
+        """
+        Ask for a dump and give what comes as it comes, with the number of the request: some hundred messages at once.
+        Whether the dump was consistent is not told.
+
+        :raise Refused: when the kernel says no.
+        """
+        number = self.numbers(1)
+        self._socket.send(message(kind, NLM_F_REQUEST | NLM_F_DUMP, number, family, payload))
+        while True:
+            data = self._socket.recv(1 << 18)
+            _length, what, flags, sequence, _sender = HEADER.unpack_from(data)
+            if what in (NLMSG_DONE, NLMSG_ERROR):
+                if sequence != number:
+                    continue
+                error = self._error(data[16:], flags)
+                if error is not None:
+                    raise error
+                return
+            yield data, number
+            # Dumps that end with the last of their messages have it behind those; others in a buffer of its own.
+            length, what, _flags, sequence, _sender = HEADER.unpack_from(data, max(0, len(data) - 20))
+            if (length, what, sequence) == (20, NLMSG_DONE, number):
+                return
+
     def dump(self, kind: int, family: int, payload: bytes = b"") -> Iterator[bytes]:
         """
         Ask for a dump and give the payload of each answer, behind the netfilter header.

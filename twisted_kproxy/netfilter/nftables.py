@@ -15,12 +15,12 @@ from twisted.internet.defer import Deferred
 from twisted.logger import Logger
 from zope.interface import implementer
 
-from ..core.rules import Delta, Rule, Ruleset, applied
+from ..core.rules import Delta, Guard, Rule, Ruleset, applied
 from ..core.values import FrontendKey
 from ..interfaces import IRuleWriter, RulesNotJudged, RulesRejected
 from .netlink import Interrupted, Refused, SocketOpener
 from .nftelements import Elements, elementsOf
-from .nftlayout import Step, Unreadable, placing, stepping
+from .nftlayout import ALLOWED, Step, Unreadable, costly, placing, sourcesOf, stepping
 from .nftprogram import Misfit, NftProgram, parsed
 from .nftsocket import ElementSocket
 from .nfttext import readListing, telling
@@ -40,18 +40,24 @@ class _Known:
 
     def __init__(self, ruleset: Ruleset) -> None:
         self.rules: dict[FrontendKey, Rule] = dict(ruleset.rules)
-        self.guards = ruleset.guards
+        self.guards: set[Guard] = set(ruleset.guards)
+        self.clusterIPs: set[str] = set(ruleset.clusterIPs)
         self.locality = ruleset.locality
+        self.sources = sourcesOf(self.rules.values())  # how many
 
     def advancing(self, delta: Delta) -> Slices[None]:
         """The delta is in force."""
+        self.sources += sourcesOf(delta.rules.values()) - sourcesOf(map(self.rules.get, delta.rules))
         yield from updating(self.rules, delta.rules)
-        self.guards = (self.guards - delta.guardsRemoved) | delta.guardsAdded
+        self.guards -= delta.guardsRemoved
+        self.guards |= delta.guardsAdded
+        self.clusterIPs -= delta.clusterIPsRemoved
+        self.clusterIPs |= delta.clusterIPsAdded
         if delta.locality is not None:
             self.locality = delta.locality
 
     def ruleset(self) -> Ruleset:
-        return Ruleset(dict(self.rules), self.guards, locality=self.locality)
+        return Ruleset(dict(self.rules), frozenset(self.guards), frozenset(self.clusterIPs), self.locality)
 
 
 @implementer(IRuleWriter)
@@ -68,7 +74,7 @@ class NftablesWriter:
     :param useNetlink: whether batches of our own are tried at all.
     :ivar usesNetlink: whether elements go by batches of our own.
     :ivar INLINE: steps of up to so many elements are sent at once; bigger ones are put together in slices, and sent
-        from a thread.
+        from a thread. So are those that change sources, of which the kernel makes a copy each time.
     """
 
     log = Logger()
@@ -161,13 +167,13 @@ class NftablesWriter:
     async def _adopt(self) -> Ruleset | None:
         self._known = None
         self._damaged = False
-        problem = await self._nft.problem()
+        problem, links = await self._nft.look()
         if problem:
             if problem != "absent":
                 self.log.info("The table {table} will be made anew: {problem}.", table=self._table, problem=problem)
             return None
         try:
-            found = await self._read()
+            found = await self._read(links)
         except Unreadable as error:
             self._damaged = True
             self.log.warn("The table {table} will be mended: {error}.", table=self._table, error=error)
@@ -175,12 +181,15 @@ class NftablesWriter:
         self._known = _Known(found)
         return found
 
-    async def _read(self) -> Ruleset:
-        """:raise Unreadable: where it is not what we write."""
+    async def _read(self, links: tuple[str, ...]) -> Ruleset:
+        """
+        :param links: of insiders, as the rules have them.
+        :raise Unreadable: where it is not what we write.
+        """
         strange: Unreadable | None = None
         if self.usesNetlink:
             try:
-                return await self._readElements()
+                return await self._readElements(links)
             except Unreadable as error:
                 strange = error
             except (OSError, Interrupted) as error:
@@ -192,9 +201,9 @@ class NftablesWriter:
             self._distrust(str(strange))
         return found
 
-    async def _readElements(self) -> Ruleset:
+    async def _readElements(self, links: tuple[str, ...]) -> Ruleset:
         collected = await self._threads.run(self._elements.collect)
-        return await inSlices(self._reactor, self._elements.reading(collected))
+        return await inSlices(self._reactor, self._elements.reading(collected, links))
 
     # --- writing ---
 
@@ -204,9 +213,16 @@ class NftablesWriter:
             if await self._adopt() is None or self._known is None:
                 raise RulesRejected("nothing of ours is in force that a step could be applied to")
             known = self._known
-        step = await self._sliced(len(delta.rules), stepping(known.rules, known.guards, delta))
-        if not step and step.insiders is None:
+        if delta.locality is not None and delta.locality.insiderLinks != known.locality.insiderLinks:
+            # These are in the rules, so the table is made anew: once in a life, when somebody configures it otherwise.
+            await self._replace(applied(known.ruleset(), delta))
+            return
+        step = await self._sliced(len(delta.rules), stepping(known, delta))
+        if not step:
             await self._sliced(len(delta.rules), known.advancing(delta))
+            return
+        if costly(step, known.sources):
+            await self._replace(applied(known.ruleset(), delta), "many sources change")
             return
         try:
             await self._send(step)
@@ -216,20 +232,34 @@ class NftablesWriter:
             return
         await self._sliced(len(delta.rules), known.advancing(delta))
 
-    async def _replace(self, ruleset: Ruleset) -> None:
-        looking = Deferred.fromCoroutine(self._nft.problem())  # it takes a while, and another process
-        step = await self._sliced(len(ruleset.rules), placing(ruleset))
-        elements = await self._sliced(len(step), elementsOf(step)) if self.usesNetlink else None
-        problem = await looking
+    async def _replace(self, ruleset: Ruleset, why: str = "") -> None:
+        """
+        :param why: to make the table anew, though it is as it should be.
+        """
+        known = self._known
+        looking = Deferred.fromCoroutine(self._nft.look())  # it takes a while, and another process
+        try:
+            step = await self._sliced(len(ruleset.rules), placing(ruleset))
+            elements = await self._sliced(len(step), elementsOf(step)) if self.usesNetlink else None
+        finally:
+            problem, links = await looking
+        wanted = ruleset.locality.insiderLinks
+        if not problem and links != wanted:
+            problem = "the links of insiders are others"
         damaged, self._damaged = self._damaged, False
+        if not problem and damaged and self.usesNetlink and await self._mend(step):
+            self._known = _Known(ruleset)
+            return
+        sources = sourcesOf(ruleset.rules.values())
+        if not problem and (why or costly(step, known.sources if known is not None else sources)):
+            problem = why or "there are many sources"
         if not problem and self.usesNetlink:
             try:
-                if not (damaged and await self._mend(step)):
-                    await self._send(step, elements)
+                await self._send(step, elements)
             except Misfit as misfit:
                 problem = str(misfit)
         if problem or not self.usesNetlink:
-            await self._loadText(step, structure=bool(problem))
+            await self._loadText(step, wanted if problem else None)
             if problem:
                 self._known = None
                 await self._verify(ruleset)
@@ -246,6 +276,8 @@ class NftablesWriter:
             try:
                 collected = await self._threads.run(self._elements.collect)
                 step = await inSlices(self._reactor, self._elements.mending(collected, whole))
+                if costly(step, sum(name in ALLOWED for name, _item, _value in whole.added)):
+                    return False
                 self.log.info("{count} elements are out of place and will be mended.", count=len(step))
                 elements = await inSlices(self._reactor, elementsOf(step))
                 generation = collected.generation if guarded else None
@@ -265,7 +297,7 @@ class NftablesWriter:
         if not self.usesNetlink:
             return
         try:
-            found = await self._readElements()
+            found = await self._readElements(ruleset.locality.insiderLinks)
         except Interrupted:
             return
         except (OSError, Unreadable) as error:
@@ -282,12 +314,12 @@ class NftablesWriter:
         :raise Misfit: when the step does not fit what is there.
         """
         if not self.usesNetlink:
-            await self._loadText(step, structure=False)
+            await self._loadText(step)
             return
         try:
             if elements is None:
                 elements = await self._sliced(len(step), elementsOf(step))
-            if len(step) <= self.INLINE:
+            if len(step) <= self.INLINE and ALLOWED.keys().isdisjoint({*elements.gone, *elements.new}):
                 self._elements.commit(elements)
             else:
                 await self._threads.run(self._elements.commit, elements)
@@ -306,10 +338,11 @@ class NftablesWriter:
                 raise Misfit(str(error)) from error
             raise RulesNotJudged(f"the rules could not be handed to the kernel: {error}") from error
 
-    async def _loadText(self, step: Step, structure: bool) -> None:
+    async def _loadText(self, step: Step, links: tuple[str, ...] | None = None) -> None:
+        """See :meth:`~.nftprogram.NftProgram.load`."""
         script = await self._sliced(len(step), telling(self._table, step))
         try:
-            await self._nft.load(script, structure)
+            await self._nft.load(script, links)
         except RulesNotJudged:
             self._known = None
             raise

@@ -10,7 +10,7 @@ from typing import Any
 from .. import __version__
 from ..interfaces import NotAvailable, RulesNotJudged, RulesRejected
 from . import tool
-from .nfttext import signature, structureProblem, structureText
+from .nfttext import linksIn, signature, structureProblem, structureText
 from .tool import Finished, Tool, TooSlow
 
 _OLDEST = (1, 0, 1)
@@ -116,10 +116,13 @@ class NftProgram:
             return False
         raise RulesRejected(f"the table {self._table} could not be removed: {words(done)}")
 
-    async def problem(self) -> str:
-        """What is wrong with the table's structure: see :func:`~.nfttext.structureProblem`."""
+    async def look(self) -> tuple[str, tuple[str, ...]]:
+        """
+        What is wrong with the table's structure (see :func:`~.nfttext.structureProblem`), and the links of insiders
+        that it is for.
+        """
         listing = await self._structure()
-        return structureProblem(listing) if listing is not None else "absent"
+        return (structureProblem(listing), linksIn(listing)) if listing is not None else ("absent", ())
 
     async def _structure(self) -> Mapping[str, Any] | None:
         """
@@ -146,15 +149,16 @@ class NftProgram:
             raise RulesNotJudged(f"the table {self._table} cannot be listed: {words(done)}")
         return done.out
 
-    async def load(self, script: str, structure: bool) -> None:
+    async def load(self, script: str, links: tuple[str, ...] | None = None) -> None:
         """
         Carry out a script.
 
-        :param structure: it makes the table anew.
+        :param links: make the table anew, for these links of insiders.
         :raise Misfit: when it does not fit what is there.
         """
-        if structure:
-            script = structureText(self._table, __version__) + script
+        structure = links is not None
+        if links is not None:
+            script = structureText(self._table, __version__, links) + script
         for _once_more in range(2):  # a failure without a reason may have been an accident
             done = await self.run("--file", "-", stdin=script)
             if done.code == 0:

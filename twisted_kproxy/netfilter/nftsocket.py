@@ -8,11 +8,27 @@ from collections.abc import Callable, Iterator
 from msgspec import Struct
 
 from ..core.rules import Guard, Ruleset
-from ..core.values import FrontendKey, Locality
-from . import nftelements
+from . import nftelements, nftreading
 from .netlink import Interrupted, NetlinkSocket, SocketOpener
 from .nftelements import Elements
-from .nftlayout import BREATH, GUARDS, INSIDERS, MAPS, SETS, Step, Unreadable, Value, gathering
+from .nftlayout import (
+    ALLOWED,
+    BREATH,
+    CLUSTER_IPS,
+    GUARDS,
+    MAPS,
+    NETWORKS,
+    RESTRICTED,
+    SETS,
+    SINGLE,
+    Element,
+    Item,
+    Step,
+    Unreadable,
+    Value,
+    gathering,
+    localityOf,
+)
 from .ruleset import canonicalNetworks
 from .slices import Slices
 
@@ -102,34 +118,43 @@ class ElementSocket:
             raise Interrupted()
 
     def _answers(self, netlink: NetlinkSocket, name: str) -> Iterator[bytes]:
-        question = nftelements.question(self._table, name)
+        question = nftreading.question(self._table, name)
         return netlink.dump(nftelements.GETSETELEM, nftelements.INET, question)
 
     # --- what takes long ---
 
     @staticmethod
-    def reading(collected: Collected) -> Slices[Ruleset]:
+    def reading(collected: Collected, links: tuple[str, ...] = ()) -> Slices[Ruleset]:
         """
         The ruleset in what was collected.
 
+        :param links: of insiders, which are no elements.
         :raise Unreadable: when it is not such as we write.
         """
-        elements: list[tuple[str, FrontendKey, Value]] = []
+        elements: list[Element] = []
         for name in MAPS:
-            reader = nftelements.MapReader(name)
+            reader = nftreading.MapReader(name)
             for answer in collected.answers[name]:
                 elements += reader.read(answer)
                 yield
         guards: set[Guard] = set()
-        for name in GUARDS:
+        for name in (*RESTRICTED, *ALLOWED, *GUARDS):
             for answer in collected.answers[name]:
-                guards |= {nftelements.decodeGuard(name, key) for key, _data, _ends in nftelements.elementsIn(answer)}
+                for it in nftreading.elementsIn(answer):
+                    item, _none = nftreading.decode(name, it)
+                    if isinstance(item, Guard):
+                        guards.add(item)
+                    else:
+                        elements.append((name, item, None))
                 yield
-        insiders: list[str] = []
-        for name in INSIDERS:
-            insiders += _insiders(collected, name)
+        clusterIPs: set[str] = set()
+        for name in CLUSTER_IPS:
+            for answer in collected.answers[name]:
+                clusterIPs.update(nftreading.addresses(name, answer))
+                yield
+        networks = {name: _networks(collected, name) for name in NETWORKS}
         rules = yield from gathering(elements)
-        return Ruleset(rules, frozenset(guards), locality=Locality(canonicalNetworks(insiders)))
+        return Ruleset(rules, frozenset(guards), frozenset(clusterIPs), localityOf(networks, links))
 
     @staticmethod
     def mending(collected: Collected, whole: Step) -> Slices[Step]:
@@ -138,47 +163,36 @@ class ElementSocket:
 
         :param whole: what :func:`~twisted_kproxy.netfilter.nftlayout.wholeStep` gives.
         """
-        wanted: dict[tuple[str, FrontendKey], Value] = {}
-        for count, (name, key, value) in enumerate(whole.added):
-            wanted[name, key] = value
+        wanted: dict[tuple[str, Item], Value | None] = {}
+        for count, (name, item, value) in enumerate(whole.added):
+            wanted[name, item] = value
             if not count % BREATH:
                 yield
-        removed: list[tuple[str, FrontendKey]] = []
-        strange: list[tuple[str, bytes]] = []
-        for name in MAPS:
+        removed: list[tuple[str, Item]] = []
+        strange: list[tuple[str, bytes, bytes]] = []
+        for name in SINGLE:
             for answer in collected.answers[name]:
-                for count, (raw, data, _ends) in enumerate(nftelements.elementsIn(answer)):
+                for count, it in enumerate(nftreading.elementsIn(answer)):
                     try:
-                        key, value = nftelements.decodeMap(name, raw, data)
+                        item, value = nftreading.decode(name, it)
                     except Unreadable:
-                        strange.append((name, raw))
+                        strange.append((name, it.key, it.last))
                         continue
-                    if wanted.get((name, key)) == value:
-                        del wanted[name, key]
+                    if (name, item) in wanted and wanted[name, item] == value:
+                        del wanted[name, item]
                     else:
-                        removed.append((name, key))
+                        removed.append((name, item))
                     if not count % BREATH:
                         yield
-        guards: set[Guard] = set()
-        for name in GUARDS:
-            for answer in collected.answers[name]:
-                for raw, _data, _ends in nftelements.elementsIn(answer):
-                    try:
-                        guards.add(nftelements.decodeGuard(name, raw))
-                    except Unreadable:
-                        strange.append((name, raw))
-        found = canonicalNetworks(it for name in INSIDERS for it in _insiders(collected, name))
         return Step(
             removed,
-            [(name, key, value) for (name, key), value in wanted.items()],
-            frozenset(guards) - whole.guardsAdded,
-            whole.guardsAdded - guards,
-            whole.insiders if found != whole.insiders else None,
+            [(name, item, value) for (name, item), value in wanted.items()],
+            {name: it for name, it in whole.networks.items() if canonicalNetworks(_networks(collected, name)) != it},
             strange,
         )
 
 
-def _insiders(collected: Collected, name: str) -> list[str]:
-    return nftelements.decodeInsiders(
-        it for answer in collected.answers[name] for it in nftelements.elementsIn(answer)
+def _networks(collected: Collected, name: str) -> list[str]:
+    return nftreading.decodeNetworks(
+        it for answer in collected.answers[name] for it in nftreading.elementsIn(answer)
     )

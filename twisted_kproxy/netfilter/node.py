@@ -10,7 +10,17 @@ from collections.abc import Iterator
 from msgspec import Struct
 
 from ..core.values import Family
-from .netlink import HEADER, NLM_F_DUMP, NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR, SocketOpener, attributes, messages
+from .netlink import (
+    HEADER,
+    NLM_F_DUMP,
+    NLM_F_REQUEST,
+    NLMSG_DONE,
+    NLMSG_ERROR,
+    SocketOpener,
+    attribute,
+    attributes,
+    messages,
+)
 
 _SOCKETS: dict[Family, int] = {"IPv4": socket.AF_INET, "IPv6": socket.AF_INET6}
 #: Addresses for documentation (RFC 5737, RFC 3849): nobody has them, so they stand for the default route.
@@ -18,6 +28,8 @@ _FAR: dict[Family, str] = {"IPv4": "198.51.100.1", "IPv6": "2001:db8:ffff::1"}
 _LOOPBACK: dict[Family, str] = {"IPv4": "127.0.0.1", "IPv6": "::1"}
 _NETLINK_ROUTE = 0
 _NEWADDR, _GETADDR = 20, 22
+_GETROUTE = 26
+_LOCAL_ROUTE = 2  # RTN_LOCAL
 _TEMPORARY, _DEPRECATED, _TENTATIVE = 0x01, 0x20, 0x40
 
 
@@ -40,8 +52,8 @@ def primaryAddress(family: Family, openSocket: SocketOpener = socket.socket) -> 
 
     :return: canonical text; ``None`` where the node does not speak that family.
     """
-    towards = _sourceAddress(family, openSocket)
-    if towards is not None:
+    towards = sourceTowards(_FAR[family], openSocket)
+    if towards is not None and _fits(towards):
         return towards
     try:
         known = list(addresses(family, openSocket))
@@ -53,8 +65,14 @@ def primaryAddress(family: Family, openSocket: SocketOpener = socket.socket) -> 
     return _LOOPBACK[family] if any(it.address == _LOOPBACK[family] for it in known) else None
 
 
-def _sourceAddress(family: Family, openSocket: SocketOpener) -> str | None:
-    """What the kernel picks as source; connecting a datagram socket sends nothing."""
+def sourceTowards(address: str, openSocket: SocketOpener = socket.socket) -> str | None:
+    """
+    The address of this node from which it would talk to another: what that one sees. Connecting a datagram socket
+    sends nothing.
+
+    :return: canonical text; ``None`` where there is no way there.
+    """
+    family: Family = "IPv6" if ":" in address else "IPv4"
     try:
         with openSocket(_SOCKETS[family], socket.SOCK_DGRAM | socket.SOCK_CLOEXEC, 0) as it:
             if family == "IPv6":
@@ -62,11 +80,21 @@ def _sourceAddress(family: Family, openSocket: SocketOpener) -> str | None:
                     it.setsockopt(socket.IPPROTO_IPV6, 72, 2)  # IPV6_ADDR_PREFERENCES, IPV6_PREFER_SRC_PUBLIC
                 except OSError:
                     pass
-            it.connect((_FAR[family], 9))
-            found = str(ipaddress.ip_address(it.getsockname()[0].partition("%")[0]))
+            it.connect((address, 9))
+            return str(ipaddress.ip_address(it.getsockname()[0].partition("%")[0]))
     except OSError:
         return None
-    return found if _fits(found) else None
+
+
+def ownAddresses(openSocket: SocketOpener = socket.socket) -> frozenset[str]:
+    """The addresses of all interfaces of this node, canonical; none of a family that cannot be read."""
+    found: set[str] = set()
+    for family in _SOCKETS:
+        try:
+            found.update(it.address for it in addresses(family, openSocket))
+        except OSError:
+            continue
+    return frozenset(found)
 
 
 def _fits(address: str) -> bool:
@@ -98,3 +126,34 @@ def addresses(family: Family, openSocket: SocketOpener = socket.socket) -> Itera
                     if 8 in parts:
                         flags = struct.unpack("=I", parts[8])[0]
                     yield Address(str(ipaddress.ip_address(raw)), scope, flags)
+
+
+class Localness:
+    """
+    Asks the kernel whether addresses are this node's own: whether its routes lead packets for them to itself. That is
+    what rules about local addresses go by; an interface need not have the address. Blocks, for some microseconds.
+    """
+
+    def __init__(self, openSocket: SocketOpener = socket.socket) -> None:
+        self._open = openSocket
+        self._socket: socket.socket | None = None
+        self._number = 0
+
+    def isLocal(self, address: bytes) -> bool:
+        """Whether it is; ``False`` also where no route leads there at all."""
+        if self._socket is None:
+            self._socket = self._open(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_ROUTE)
+            self._socket.settimeout(5)
+            self._socket.bind((0, 0))
+        self._number += 1
+        family, bits = (socket.AF_INET, 32) if len(address) == 4 else (socket.AF_INET6, 128)
+        asked = struct.pack("=BBBBBBBBI", family, bits, 0, 0, 0, 0, 0, 0, 0) + attribute(1, address)
+        self._socket.send(HEADER.pack(16 + len(asked), _GETROUTE, NLM_F_REQUEST, self._number, 0) + asked)
+        while True:
+            for kind, _flags, number, _sender, payload in messages(self._socket.recv(65536)):
+                if number == self._number:
+                    return kind != NLMSG_ERROR and payload[7] == _LOCAL_ROUTE
+
+    def close(self) -> None:
+        if self._socket is not None:
+            self._socket.close()

@@ -11,9 +11,10 @@ from twisted.logger import Logger
 from zope.interface import implementer
 
 from ..core.changes import Update
-from ..core.rules import Delta, Guard, Rule, Ruleset, Target
+from ..core.rules import Delta, Guard, Rule, Ruleset, portInForce
 from ..core.values import FrontendKey, Locality, ServiceMap, ServicePort, ServicePortName
 from ..interfaces import IRulePlane, IRuleWriter, RulesNotJudged, RulesRejected
+from .flowkeeper import FlowKeeper
 from .isolate import Isolation, Unit
 from .planning import Claim, FlowRemover, deltaOf, differing, joining, rulesetOf, updating
 from .ruleset import CannotRender, Fragment, Fragments, Held
@@ -50,7 +51,7 @@ class RulePlane:
     ) -> None:
         self._reactor = reactor
         self._writer = writer
-        self._flows = flows
+        self._flows = FlowKeeper(reactor, flows)
         self._changedOutside = changedOutside
         self._claim = claim
         self._lock = DeferredLock()
@@ -64,7 +65,7 @@ class RulePlane:
         self._found: Ruleset | None = None  # what start() has read, until the first update
         self._doubt = True  # what is in force has to be read
         self._stopped = False
-        self._writes = self._failures = self._foreign = self._flowsForgotten = 0
+        self._writes = self._failures = self._foreign = 0
         self._lastSeconds: float | None = None
         self._lastError = ""
 
@@ -102,6 +103,7 @@ class RulePlane:
             return
         doubt, self._doubt = self._doubt or update.full, False
         begun = self._reactor.seconds()
+        whole = doubt or self._applied is None
         try:
             if doubt or self._applied is None:
                 refused = list(self._quarantine)
@@ -114,6 +116,7 @@ class RulePlane:
                 delta = await self._step(update.changed | update.removed, update.current)
         except Exception as error:
             self._doubt = True
+            self._flows.doubt()
             self._failures += 1
             self._lastError = str(error)
             raise
@@ -124,7 +127,7 @@ class RulePlane:
         if delta is not None:
             self._writes += 1
             self._lastSeconds = self._reactor.seconds() - begun
-        await self._forgetFlows(update, delta)
+        await self._flows.follow(update, delta, self._rules, self._locality.nodePorts, whole)
 
     def stop(self, drainSeconds: float) -> Deferred[None]:
         """
@@ -142,6 +145,7 @@ class RulePlane:
             await self._writer.cleanup()
         except Exception as error:
             self.log.error("The rules could not be removed; they lead nowhere now: {error}.", error=error)
+        await self._flows.end(self._rules, self._locality.nodePorts)
         self._rules = {}
         if self._claim is not None:
             self._claim.release()
@@ -160,7 +164,7 @@ class RulePlane:
             "lastWriteSeconds": self._lastSeconds,
             "lastError": self._lastError,
             "changedByOthers": self._foreign,
-            "flowsForgotten": self._flowsForgotten,
+            "flowsForgotten": self._flows.forgotten,
             "quarantined": self.quarantined(),
         }
 
@@ -171,14 +175,7 @@ class RulePlane:
     # --- IRulePlane ---
 
     def targetInForce(self, key: FrontendKey) -> int | None:
-        """Where insiders and outsiders are led to two ports, that of the outsiders counts."""
-        rule = self._rules.get(key)
-        if rule is None:
-            return None
-        for verdict in (rule.outside, rule.inside):
-            if isinstance(verdict, Target):
-                return verdict.port
-        return None
+        return portInForce(self._rules.get(key))
 
     # --- inside ---
 
@@ -220,6 +217,8 @@ class RulePlane:
     async def _whole(self, current: ServiceMap, readFirst: bool) -> Delta | Ruleset | None:
         """Compare everything with what is in force; gives what was written."""
         found = await self._writer.adopt() if readFirst else self._found
+        if found is not None:
+            await self._flows.found(found.rules)
         fragments = await inSlices(self._reactor, self._rendering(current))
         desired, held = await inSlices(self._reactor, joining(fragments, self._quarantine))
         wanted = rulesetOf(dict(desired), held, current.locality)
@@ -358,33 +357,6 @@ class RulePlane:
                 self._held = Counter(held for it in self._good.values() for held in it.held)
             else:
                 self._quarantine[name] = (port, isolation.refused[name])
-
-    async def _forgetFlows(self, update: Update, written: Delta | Ruleset | None) -> None:
-        """UDP flows that the kernel leads where they no longer belong; a failure costs the flows, not the update."""
-        if self._flows is None:
-            return
-        keys = {flow.key for flow in update.staleFlows}
-        if written is not None:
-            keys.update(key for key in written.rules if key.protocol == "UDP")
-        if not keys:
-            return
-        stale = {key: self._targets(key) for key in keys}
-        try:
-            count = await self._flows.forget(stale)
-        except Exception as error:
-            self.log.warn(
-                "Stale UDP flows to {count} frontends could not be forgotten: {error}.", count=len(stale), error=error
-            )
-            return
-        self._flowsForgotten += count
-        if count:
-            self.log.info("{count} stale UDP flows were forgotten.", count=count)
-
-    def _targets(self, key: FrontendKey) -> frozenset[Target]:
-        rule = self._rules.get(key)
-        if rule is None:
-            return frozenset()
-        return frozenset(it for it in (rule.outside, rule.inside) if isinstance(it, Target))
 
     def _seenForeign(self) -> None:
         self._doubt = True

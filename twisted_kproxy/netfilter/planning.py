@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, MutableMapping
+from collections.abc import Collection, Iterable, Mapping, MutableMapping, Sequence
 from typing import Protocol, TypeVar
 
 from twisted.internet.defer import Deferred
 
 from ..core.rules import Delta, Guard, Rule, Ruleset, Target
-from ..core.values import FrontendKey, Locality, ServicePortName
-from .ruleset import Fragment, Held
-from .slices import Slices
+from ..core.values import FrontendKey, Locality, ServiceMap, ServicePortName
+from .ruleset import CannotRender, Fragment, Held, fragment
+from .slices import Slices, finish
 
 _K = TypeVar("_K")
 _V = TypeVar("_V")
@@ -30,9 +30,19 @@ class Claim(Protocol):
 class FlowRemover(Protocol):
     """Makes the kernel forget where established UDP flows were led."""
 
-    def forget(self, stale: Mapping[FrontendKey, frozenset[Target]]) -> Deferred[int]:
+    def forget(self, stale: Mapping[FrontendKey, frozenset[Target]], nodePorts: Sequence[str]) -> Deferred[int]:
         """
         Delete the flows to each frontend but those that are led to one of its targets.
+
+        :param nodePorts: the networks in which addresses of this node serve node ports.
+        :return: fires with how many were deleted.
+        """
+
+    def reconcile(
+        self, led: Mapping[FrontendKey, frozenset[Target]], own: Collection[Target], nodePorts: Sequence[str]
+    ) -> Deferred[int]:
+        """
+        The same for every frontend, and for flows that are led to ``own`` from where nothing leads there any more.
 
         :return: fires with how many were deleted.
         """
@@ -51,10 +61,10 @@ def joining(
     for name in yielding:
         if name in fragments:
             rules.update(fragments[name].rules)
-    for name, fragment in fragments.items():
+    for name, it in fragments.items():
         if name not in yielding:
-            rules.update(fragment.rules)
-        held.update(fragment.held)
+            rules.update(it.rules)
+        held.update(it.held)
         yield
     return rules, held
 
@@ -63,6 +73,19 @@ def rulesetOf(rules: Mapping[FrontendKey, Rule], held: Iterable[Held], locality:
     """What is desired, of rules and what service ports hold."""
     guards, clusterIPs = _apart(held)
     return Ruleset(rules, guards, clusterIPs, locality)
+
+
+def rendered(services: ServiceMap) -> tuple[Ruleset, dict[ServicePortName, str]]:
+    """The rules of a whole map at once, and why those of some service ports cannot be made."""
+    fragments: dict[ServicePortName, Fragment] = {}
+    refused: dict[ServicePortName, str] = {}
+    for name, port in services.items():
+        try:
+            fragments[name] = fragment(port)
+        except CannotRender as error:
+            refused[name] = str(error)
+    rules, held = finish(joining(fragments, ()))
+    return rulesetOf(rules, held, services.locality), refused
 
 
 def deltaOf(

@@ -33,6 +33,8 @@ def checkRule(key: FrontendKey, rule: Rule) -> None:
             checkPort(verdict.port, f"the target of {key}")
         elif verdict not in ("reject", "drop"):
             raise Invalid(f"{key} has an unknown verdict {verdict!r}")
+    if rule.sources is not None and not key.address:
+        raise Invalid(f"{key}: sources are for frontends with an address of their own")
     for source in rule.sources or ():
         if (":" in source) != (key.family == "IPv6"):
             raise Invalid(f"{key} is for sources of another family, {source!r}")

@@ -40,13 +40,14 @@ class Entry(Struct, frozen=True):
     One rule of a chain.
 
     :ivar source: a canonical CIDR, ``""`` for any.
-    :ivar destination: one address, ``""`` for any.
-    :ivar protocol: with ``port``; ``None`` for any.
-    :ivar port: the destination port.
+    :ivar destination: one address, or the canonical CIDR of several; ``""`` for any.
+    :ivar protocol: ``None`` for any.
+    :ivar port: the destination port, with ``protocol``; 0 for any.
     :ivar sourceLocal: only from addresses of this node.
     :ivar destinationLocal: only to addresses of this node.
     :ivar state: of the connection, a condition for the conntrack match.
     :ivar unmarked: only what does not carry the proxy's own mark.
+    :ivar interface: only what came in by this one, or by those that begin so where it ends with ``+``; ``""`` for any.
     :ivar target: where to: rewrite the destination, or one of the words above, or a chain.
     """
 
@@ -61,6 +62,7 @@ class Entry(Struct, frozen=True):
     destinationLocal: bool = False
     state: State = ""
     unmarked: bool = False
+    interface: str = ""
 
 
 def sanitised(comment: str) -> str:
@@ -78,8 +80,11 @@ _ONE = {"IPv4": b"\xff" * 4, "IPv6": b"\xff" * 16}
 _F_PROTO = 1  # IP6T_F_PROTO: look at the protocol at all
 
 #: src, dst, smsk, dmsk | iniface, outiface and their masks | proto, (tos,) flags, invflags | nfcache | offsets | rest
-_HEAD4 = struct.Struct("=4s4s4s4s64xHBBIHHI16x")
-_HEAD6 = struct.Struct("=16s16s16s16s64xHBBB3xIHHI4x16x")
+_HEAD4 = struct.Struct("=4s4s4s4s16s16x16s16xHBBIHHI16x")
+_HEAD6 = struct.Struct("=16s16s16s16s16s16x16s16xHBBB3xIHHI4x16x")
+#: Where iniface begins, and proto.
+_LINK = {"IPv4": 16, "IPv6": 64}
+_PROTO = {"IPv4": 80, "IPv6": 128}
 #: Where nfcache ends, then comefrom and counters begin: fields that the kernel and libiptc use for themselves.
 _NFCACHE = {"IPv4": 84, "IPv6": 136}
 HEAD = {"IPv4": _HEAD4.size, "IPv6": _HEAD6.size}
@@ -94,6 +99,8 @@ _ADDRTYPE_SIZE = 40
 _CONNTRACK_SIZE = 200
 _MARK_SIZE = 48
 _LOCAL = 1 << 2  # XT_ADDRTYPE_LOCAL is 1 << RTN_LOCAL
+_LINK_SIZE = 16  # IFNAMSIZ
+_NO_LINK = bytes(_LINK_SIZE)
 _CT_STATE = 1  # XT_CONNTRACK_STATE
 _CT_BITS = {"NEW": 8, "ESTABLISHED": 2, "DNAT": 128}
 _DNAT = struct.Struct("=I16s16s2s2s8x")
@@ -156,19 +163,30 @@ def _network(cidr: str) -> tuple[bytes, bytes]:
     return network.network_address.packed, network.netmask.packed
 
 
+@lru_cache(maxsize=64)
+def _link(name: str) -> tuple[bytes, bytes]:
+    """As ``xtables_parse_interface`` has it: the ``+`` stays, but is not looked at; a whole name ends with a zero."""
+    looked = len(name) - 1 if name.endswith("+") else len(name) + 1
+    return name.encode("ascii").ljust(_LINK_SIZE, b"\0"), (b"\xff" * looked).ljust(_LINK_SIZE, b"\0")
+
+
 def pack(entry: Entry) -> bytes:
     """The bytes of a rule, as libiptc takes them for an append: counters zero, plain verdicts by name."""
     family = entry.family
     source, sourceMask = _network(entry.source) if entry.source else (_ANY[family], _ANY[family])
-    if entry.destination:
+    if "/" in entry.destination:
+        destination, destinationMask = _network(entry.destination)
+    elif entry.destination:
         destination, destinationMask = socket.inet_pton(_AF[family], entry.destination), _ONE[family]
     else:
         destination = destinationMask = _ANY[family]
+    link, linkMask = _link(entry.interface) if entry.interface else (_NO_LINK, _NO_LINK)
     matches = _comment(entry.comment)
     number = 0
     if entry.protocol is not None:
         number = _NUMBERS[entry.protocol]
-        matches += _port(entry.protocol, entry.port)
+        if entry.port:
+            matches += _port(entry.protocol, entry.port)
     if entry.sourceLocal or entry.destinationLocal:
         matches += _addrtype(entry.sourceLocal, entry.destinationLocal)
     if entry.state:
@@ -178,11 +196,11 @@ def pack(entry: Entry) -> bytes:
     target = _target(family, entry.target)
     at = HEAD[family] + len(matches)
     end = at + len(target)
+    where = (source, destination, sourceMask, destinationMask, link, linkMask, number)
     if family == "IPv4":
-        head = _HEAD4.pack(source, destination, sourceMask, destinationMask, number, 0, 0, 0, at, end, 0)
+        head = _HEAD4.pack(*where, 0, 0, 0, at, end, 0)
     else:
-        flags = _F_PROTO if number else 0
-        head = _HEAD6.pack(source, destination, sourceMask, destinationMask, number, 0, flags, 0, 0, at, end, 0)
+        head = _HEAD6.pack(*where, 0, _F_PROTO if number else 0, 0, 0, at, end, 0)
     return head + matches + target
 
 
@@ -244,12 +262,20 @@ def parse(family: Family, data: bytes) -> Entry:
 def _parse(family: Family, data: bytes) -> Entry:
     width = len(_ANY[family])
     source = _cidr(family, data[:width], data[2 * width : 3 * width])
-    destination = ""
-    if data[3 * width : 4 * width] != _ANY[family]:
+    mask = data[3 * width : 4 * width]
+    if mask == _ONE[family]:
         destination = socket.inet_ntop(_AF[family], data[width : 2 * width])
+    else:
+        destination = _cidr(family, data[width : 2 * width], mask)
+    start = _LINK[family]
+    interface = ""
+    if data[start + 2 * _LINK_SIZE : start + 3 * _LINK_SIZE] != _NO_LINK:
+        interface = data[start : start + _LINK_SIZE].rstrip(b"\0").decode("ascii")
+    number = struct.unpack_from("=H", data, _PROTO[family])[0]
     at, _ = _OFFSETS.unpack_from(data, _NFCACHE[family] + 4)
     position = HEAD[family]
-    comment, protocol, port, sourceLocal, destinationLocal, state, unmarked = "", None, 0, False, False, "", False
+    protocol = _PROTOCOLS[number] if number else None
+    comment, port, sourceLocal, destinationLocal, state, unmarked = "", 0, False, False, "", False
     while position < at:
         size, raw, _ = _EXTENSION.unpack_from(data, position)
         name = raw.split(b"\0", 1)[0]
@@ -257,9 +283,9 @@ def _parse(family: Family, data: bytes) -> Entry:
         if name == b"comment":
             comment = data[inside : position + size].rstrip(b"\0").decode("ascii")
         elif name in (b"tcp", b"udp"):
-            protocol, port = _PROTOCOLS[6 if name == b"tcp" else 17], struct.unpack_from("=H", data, inside + 4)[0]
+            port = struct.unpack_from("=H", data, inside + 4)[0]
         elif name == b"sctp":
-            protocol, port = _PROTOCOLS[132], struct.unpack_from("=H", data, inside)[0]
+            port = struct.unpack_from("=H", data, inside)[0]
         elif name == b"addrtype":
             kinds = struct.unpack_from("=HH", data, inside)
             sourceLocal, destinationLocal = kinds[0] == _LOCAL, kinds[1] == _LOCAL
@@ -274,7 +300,7 @@ def _parse(family: Family, data: bytes) -> Entry:
         position += size
     return Entry(
         family, comment, _targetIn(family, data, at), source, destination, protocol, port, sourceLocal,
-        destinationLocal, state, unmarked,  # type: ignore[arg-type]
+        destinationLocal, state, unmarked, interface,  # type: ignore[arg-type]
     )  # fmt: skip
 
 

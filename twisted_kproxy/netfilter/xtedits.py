@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from functools import partial
 
 from ..core.values import Family
-from .xtbytes import UnknownBytes, normalised, parse
-from .xtlayout import CHAINS, GUARD, REFUSE, Content
-from .xtsteps import flat, mendOf
+from .xtbytes import UnknownBytes, parse
+from .xtlayout import CHAINS, GUARD, REFUSE, Content, frontendOf
+from .xtsteps import Frontend, flat, mendOf
 from .xttables import LiveTable
 
 
@@ -19,13 +19,16 @@ def writeAll(table: LiveTable, content: dict[str, list[bytes]], mend: bool = Fal
     :param mend: touch no rule that is as it shall be.
     """
     table.removeOwn(keep=CHAINS[table.name])
+    chains, mending = list(content), None
     if mend:
-        it = mendOf(_present(table), content, partial(_frontend, table.family))
-        edit(table, flat(it.gone), flat(it.come))
-        content = {chain: content[chain] for chain in it.whole}
-    for chain, entries in content.items():
+        mending = mendOf(_present(table), content, partial(_frontend, table.family))
+        chains = mending.whole
+    for chain in chains:  # before any rule that leads there
         table.clear(chain)
-        table.append(chain, entries)
+    if mending is not None:
+        edit(table, flat(mending.gone), flat(mending.come), flat(mending.first))
+    for chain in chains:
+        table.append(chain, content[chain])
     table.placeJumps()
 
 
@@ -34,15 +37,14 @@ def _present(table: LiveTable) -> dict[str, list[bytes]]:
     found: dict[str, list[bytes]] = {}
     for chain in table.ownChains():
         try:
-            found[chain] = [normalised(table.family, data) for data, _ in table.rules(chain)]
+            found[chain] = table.normalised(chain)
         except UnknownBytes:
             continue
     return found
 
 
-def _frontend(family: Family, data: bytes) -> object:
-    entry = parse(family, data)
-    return entry.destination, entry.protocol, entry.port
+def _frontend(family: Family, chain: str, data: bytes) -> Frontend:
+    return frontendOf(chain, parse(family, data))
 
 
 def guardsFirst(table: LiveTable, content: Content[bytes], mend: bool = False) -> None:
@@ -51,22 +53,29 @@ def guardsFirst(table: LiveTable, content: Content[bytes], mend: bool = False) -
         writeAll(table, content.filter, mend)
         return
     present = set()
-    for data, _ in table.rules(GUARD):
+    for data, target in table.rules(GUARD):
         try:
-            present.add(normalised(table.family, data))
+            present.add(table.normal(data, target))
         except UnknownBytes:
             pass
     table.append(GUARD, [data for data in content.filter[GUARD] if data not in present])
 
 
-def edit(table: LiveTable, gone: Iterable[tuple[str, bytes]], come: Iterable[tuple[str, bytes]]) -> None:
+def edit(
+    table: LiveTable,
+    gone: Iterable[tuple[str, bytes]],
+    come: Iterable[tuple[str, bytes]],
+    first: Iterable[tuple[str, bytes]] = (),
+) -> None:
     """
-    Take rules out, put others at the end.
+    Take rules out, put others at the end, or at the head, in their order.
 
     :raise Gone: where one that was to be taken out is not there.
     """
     for chain, data in gone:
         table.delete(chain, [data])
+    for chain, data in reversed([*first]):
+        table.prepend(chain, data)
     for chain, data in come:
         table.append(chain, [data])
 

@@ -29,15 +29,14 @@ from .xtlayout import (
     TABLES,
     Content,
     TableName,
-    check,
     familiesOf,
-    joined,
-    reconstruct,
     render,
 )
+from .xtread import joined, reconstruct
 from .xtshapes import lacking
 from .xtsteps import Edits, editsOf
 from .xttables import Busy, Collision, Gone, LiveTable, Refused
+from .xtvalid import check
 from .xtwire import Reply, Request
 
 #: How often a commit is tried again when somebody without the lock was faster.
@@ -72,7 +71,8 @@ class Engine:
         self._tables: dict[tuple[Family, TableName], LiveTable] = {}
         self._counts: dict[tuple[Family, TableName], tuple[int, int] | None] = {}
         self._checked: Checked | None = None
-        self._mend = False  # what is there could not be understood; what is good of it is to be kept
+        #: What is there could not be understood, or is of an earlier version; what is good of it is to be kept.
+        self._mend = False
         self._torn = False  # some tables were written and others not; steps have to wait for a whole
         self._waited = self._held = 0.0
 
@@ -107,10 +107,7 @@ class Engine:
         if request.op == "adopt":
             found = self._adopt()
             self._torn = False  # the caller knows by now what there is
-            if found is None:
-                return Reply()
-            rules = list(found.rules.items())
-            return Reply(adopted=True, rules=rules, guards=found.guards, insiders=found.locality.insiders)
+            return Reply.adopting(found)
         if request.op == "replace":
             return Reply(notes=self._replace(request.ruleset(), request.lockSeconds))
         if request.op == "apply":
@@ -163,6 +160,7 @@ class Engine:
                     if not table.jumpsStand():
                         raise UnknownBytes(f"a rule of {table} that leads to our chains is missing or misplaced")
                     contents[name] = content
+                    self._mend = self._mend or table.isOlder()
         if not contents:
             return None
         if len(contents) < len(TABLES):
@@ -211,13 +209,16 @@ class Engine:
             raise Refused("there is nothing in force, or nothing that can be read, that a step could be applied to")
         new = applied(old, delta)
         changed = Delta({key: rule for key, rule in delta.rules.items() if old.rules.get(key) != rule})
-        check(Ruleset({key: rule for key, rule in changed.rules.items() if rule}, new.guards, locality=new.locality))
+        rules = {key: rule for key, rule in changed.rules.items() if rule}
+        come = Ruleset(rules, new.guards, delta.clusterIPsAdded, new.locality)
+        check(come)
         bulk = len(changed.rules) > max(BULK, len(old.rules) // 8)
-        if bulk or new.locality != old.locality or not familiesOf(new) <= self._families:
+        if bulk or self._mend or new.locality != old.locality or not self._wanted(new) <= self._families:
             self._commit(lambda: self._replaceSteps(new), lockSeconds)
+            self._mend = False
         else:
             edits = {family: editsOf(family, old, new, changed, pack) for family in self._families}
-            self._ensureCan(Ruleset({key: rule for key, rule in changed.rules.items() if rule}, new.guards))
+            self._ensureCan(come)
             self._commit(lambda: self._applySteps(edits), lockSeconds)
         self.state = new
         return ()
@@ -231,7 +232,7 @@ class Engine:
 
     def _replaceSteps(self, ruleset: Ruleset) -> list[Step]:
         self._ensureCan(ruleset)
-        wanted = familiesOf(ruleset) | self._base()
+        wanted = self._wanted(ruleset)
         steps = []
         for family in FAMILIES:
             if family in wanted:
@@ -246,10 +247,13 @@ class Engine:
         self._families = wanted
         return steps
 
-    def _base(self) -> set[Family]:
-        """The family whose chains are there even when nothing needs them: that there is a ruleset is a fact too."""
-        missing = self._ensureChecked().missing
-        return set([family for family in FAMILIES if family not in missing][:1])
+    def _wanted(self, ruleset: Ruleset) -> set[Family]:
+        """
+        The families whose chains are there. One of them is even when nothing needs it: that there is a ruleset is a
+        fact too.
+        """
+        usable = [family for family in FAMILIES if family not in self._ensureChecked().missing]
+        return familiesOf(ruleset) & {*usable} | {*usable[:1]}
 
     def _applySteps(self, edits: dict[Family, Edits[bytes]]) -> list[Step]:
         steps = []
@@ -259,8 +263,9 @@ class Engine:
                 steps.append(Step(filters, partial(edit, gone=(), come=it.guardsNew)))
             if it.natGone or it.natNew:
                 steps.append(Step(nat, partial(edit, gone=it.natGone, come=it.natNew)))
-            if it.filterGone or it.filterNew:
-                steps.append(Step(filters, partial(edit, gone=it.filterGone, come=it.filterNew)))
+            if it.filterGone or it.filterFirst or it.filterNew:
+                do = partial(edit, gone=it.filterGone, come=it.filterNew, first=it.filterFirst)
+                steps.append(Step(filters, do))
         return steps
 
     # --- committing ---

@@ -1,5 +1,5 @@
 """
-A ruleset as chains of ip_tables, and back.
+A ruleset as chains of ip_tables. (:mod:`~twisted_kproxy.netfilter.xtread` reads them back.)
 
 The chains are those of the first kube-proxy (``pkg/proxy/userspace``), under a prefix of our own::
 
@@ -20,23 +20,33 @@ refused cluster IP, where the rules of nf_tables would.
 What the proxy itself sends to an endpoint carries a mark (:data:`~twisted_kproxy.core.rules.PROXY_MARK`). It is not
 led to the chains of OUTPUT; nor to those that refuse in INPUT, where it arrives when the endpoint is on this node.
 
-``KPROXY-INSIDERS`` is led to by nothing. Its rules' comments keep the pod networks for whoever reads the state back.
+A frontend with source ranges has its rules once for each range. In nat they are followed by one that lets everybody
+else go on unrewritten, in filter by one that drops him there. A node port that is served at some addresses only has its
+rules once for each of these networks.
+
+``KPROXY-REFUSE`` has two parts. New rules of frontends are put at its head, since they come before the rest: each
+network of ClusterIPs leads to ``KPROXY-CLUSTER-IPS``, where each ClusterIP has one rule, and what comes back from there
+is dropped unless the node has that address. So who sends to other addresses passes none of the ClusterIPs' rules. Those
+outside of these networks (none may be known) have their rule in ``KPROXY-REFUSE`` itself. Each of these rules leads to
+``KPROXY-NO-PORT``, which refuses.
+
+``KPROXY-INSIDERS`` is led to by nothing. Its rules' comments keep the pod networks, and whatever else a
+:class:`~twisted_kproxy.core.values.Locality` holds, for whoever reads the state back.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
 from ipaddress import ip_network
 from typing import Generic, Literal, TypeVar
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
+from ..core.addresses import contains, familyOf
 from ..core.rules import Guard, Rule, Ruleset, Target, Verdict
-from ..core.values import Family, FrontendKey, Locality, Protocol
-from .ruleset import Invalid, checkPort, checkRule
-from .slices import Slices, finish
-from .xtbytes import ACCEPT, DROP, REJECT, RESET, RETURN, Entry, UnknownBytes, pack, parse, sanitised
+from ..core.values import EVERYWHERE, Family, FrontendKey, Locality, Protocol
+from .xtbytes import ACCEPT, DROP, REJECT, RESET, RETURN, Entry, pack, sanitised
 
 PREFIX = "KPROXY-"
 PORTALS_CONTAINER = "KPROXY-PORTALS-CONTAINER"
@@ -46,6 +56,8 @@ NODEPORT_HOST = "KPROXY-NODEPORT-HOST"
 INSIDERS = "KPROXY-INSIDERS"
 GUARD = "KPROXY-GUARD"
 REFUSE = "KPROXY-REFUSE"
+CLUSTER_IPS = "KPROXY-CLUSTER-IPS"
+NO_PORT = "KPROXY-NO-PORT"
 
 _T = TypeVar("_T")
 
@@ -53,8 +65,10 @@ TableName = Literal["nat", "filter"]
 TABLES: tuple[TableName, ...] = ("nat", "filter")
 CHAINS: dict[TableName, tuple[str, ...]] = {
     "nat": (PORTALS_CONTAINER, PORTALS_HOST, NODEPORT_CONTAINER, NODEPORT_HOST, INSIDERS),
-    "filter": (GUARD, REFUSE),
+    "filter": (GUARD, REFUSE, CLUSTER_IPS, NO_PORT),
 }
+#: Chains that earlier versions did not have, and that are empty where nothing needs them.
+LATER = frozenset({CLUSTER_IPS, NO_PORT})
 
 
 class Jump(Struct, frozen=True):
@@ -102,75 +116,149 @@ HOOKS: dict[TableName, tuple[str, ...]] = {
 }
 
 
+# --- conditions ------------------------------------------------------------------------------------------------------
+
+#: Addresses that nothing is sent from and that no node has: broadcast to the link (RFC 919), and the multicast address
+#: that is never given to anybody (RFC 4291, 2.7.1). Where there is no network, rules are for these, so that they can
+#: be read back.
+NEVER: dict[Family, str] = {"IPv4": "255.255.255.255", "IPv6": "ff00::"}
+_WHOLE: dict[Family, str] = {"IPv4": "/32", "IPv6": "/128"}
+_NOBODY = " for nobody"
+
+
+class Place(Struct, frozen=True):
+    """
+    What a :class:`~twisted_kproxy.core.values.Locality` means to the rules of one family, as conditions.
+
+    :ivar insiders: the pod networks.
+    :ivar links: the interfaces of pods; one that ends with ``+`` stands for all that begin so.
+    :ivar nodePorts: where node ports are served; an empty text for every address of the node.
+    :ivar services: the networks of ClusterIPs.
+    """
+
+    insiders: tuple[str, ...] = ()
+    links: tuple[str, ...] = ()
+    nodePorts: tuple[str, ...] = ("",)
+    services: tuple[str, ...] = ()
+
+
+@lru_cache(maxsize=64)
+def placeOf(family: Family, locality: Locality) -> Place:
+    """What concerns one family."""
+    nodePorts: tuple[str, ...] = ("",)
+    if not any(it.endswith("/0") for it in locality.nodePorts if familyOf(it) == family):
+        own = _conditions(family, locality.nodePorts)
+        nodePorts = tuple(it.removesuffix(_WHOLE[family]) for it in own) or (NEVER[family],)
+    return Place(
+        _conditions(family, locality.insiders),
+        tuple(_written(it) for it in locality.insiderLinks),
+        nodePorts,
+        _conditions(family, locality.services),
+    )
+
+
+def _conditions(family: Family, networks: Iterable[str]) -> tuple[str, ...]:
+    """
+    Those of one family. A condition that everybody meets would be no condition, and the rule not to be told from one
+    that has none: it is written as two halves.
+    """
+    own: list[str] = []
+    for cidr in networks:
+        if familyOf(cidr) == family:
+            own += [str(half) for half in ip_network(cidr).subnets()] if cidr.endswith("/0") else [cidr]
+    return tuple(own)
+
+
+def _written(link: str) -> str:
+    """An interface as iptables writes it. A whole name's length leaves nothing for a prefix to stand for."""
+    return link[:-1] + ("+" if len(link) < 16 else "") if link.endswith("*") else link
+
+
+def _sources(rule: Rule, family: Family) -> tuple[str, ...]:
+    """Whom a rule is for: an empty text for everybody."""
+    if rule.sources is None:
+        return ("",)
+    return _conditions(family, rule.sources) or (NEVER[family] + _WHOLE[family],)
+
+
+def _within(cidr: str, sources: Iterable[str]) -> Iterator[str]:
+    """What of a network is in these sources, each part as a network."""
+    for source in sources:
+        part = _overlap(cidr, source) if source else cidr
+        if part:
+            yield part
+
+
+@lru_cache(maxsize=4096)
+def _overlap(one: str, other: str) -> str:
+    """Of two networks one holds the other, or they are apart."""
+    first, second = ip_network(one), ip_network(other)
+    if not first.overlaps(second):
+        return ""
+    return one if first.prefixlen >= second.prefixlen else other
+
+
 # --- from a ruleset --------------------------------------------------------------------------------------------------
 
 
-def check(ruleset: Ruleset) -> None:
-    """:func:`checking` at once."""
-    finish(checking(ruleset))
-
-
-def checking(ruleset: Ruleset) -> Slices[None]:
-    """
-    Judge a ruleset, in slices.
-
-    :raise Invalid: naming what is wrong. What passes can be packed, and the kernel has no reason to refuse it.
-    """
-    for cidr in ruleset.locality.insiders:
-        checkInsider(cidr)
-    for guard in ruleset.guards:
-        checkPort(guard.port, f"guard {guard.protocol}")
-    for key, rule in ruleset.rules.items():
-        checkRule(key, rule)
-        yield
-
-
-def checkInsider(cidr: str) -> None:
-    """:raise Invalid: for anything but a network in canonical form."""
-    try:
-        canonical = str(ip_network(cidr))
-    except ValueError as error:
-        raise Invalid(f"the pod network {cidr!r} is no network: {error}") from None
-    if canonical != cidr:
-        raise Invalid(f"the pod network {cidr!r} must be written {canonical!r}")
-
-
-def ruleEntries(key: FrontendKey, rule: Rule, insiders: Iterable[str]) -> Iterator[tuple[TableName, str, Entry]]:
+def ruleEntries(key: FrontendKey, rule: Rule, place: Place) -> Iterator[tuple[TableName, str, Entry]]:
     """
     The rules of one frontend: ``(table, chain, entry)``, in their order within each chain.
 
-    :param insiders: the pod networks of the frontend's family.
+    :param place: of the frontend's family.
     """
-    family, comment = key.family, sanitised(f"kproxy {key}")
+    family = key.family
+    nobody = _NOBODY if rule.sources is not None and not rule.sources else ""
+    comment = sanitised(f"kproxy {key}{nobody}")
     container, host = (PORTALS_CONTAINER, PORTALS_HOST) if key.address else (NODEPORT_CONTAINER, NODEPORT_HOST)
+    destinations = (key.address,) if key.address else place.nodePorts
 
-    def entry(target: Target | str, source: str = "", fromNode: bool = False, toNode: bool = False) -> Entry:
-        return Entry(family, comment, target, source, key.address, key.protocol, key.port, fromNode, toNode)
+    def entries(
+        target: Target | str, sources: Iterable[str] = ("",), link: str = "", *, fromNode: bool = False
+    ) -> list[Entry]:
+        protocol, port = key.protocol, key.port
+        return [
+            Entry(family, comment, target, source, destination, protocol, port, fromNode, interface=link)
+            for destination in destinations
+            for source in sources
+        ]
 
-    outside, inside = rule.outside, rule.inside
+    outside, inside, sources = rule.outside, rule.inside, _sources(rule, family)
+    insiders = [part for cidr in place.insiders for part in _within(cidr, sources)] if inside != outside else []
     # Who is refused is not rewritten by what follows: an address that is refused may be the node's own, and its port a
     # node port of another Service.
     refused = ACCEPT if key.address else RETURN
-    if inside != outside and (isinstance(inside, Target) or isinstance(outside, Target)):
-        for cidr in insiders:
-            yield "nat", container, entry(inside if isinstance(inside, Target) else refused, cidr)
-    if isinstance(outside, Target) or key.address:
-        yield "nat", container, entry(outside if isinstance(outside, Target) else refused)
-    if isinstance(inside, Target) or key.address:
-        yield "nat", host, entry(inside if isinstance(inside, Target) else refused)
+    led = isinstance(inside, Target), isinstance(outside, Target)
+    if inside != outside and any(led):
+        own: Target | str = inside if isinstance(inside, Target) else refused
+        for entry in entries(own, insiders if led[0] else place.insiders):
+            yield "nat", container, entry
+        for link in place.links:
+            for entry in entries(own, sources if led[0] else ("",), link):
+                yield "nat", container, entry
+    for chain, verdict in ((container, outside), (host, inside)):
+        if isinstance(verdict, Target):
+            for entry in entries(verdict, sources):
+                yield "nat", chain, entry
+        if key.address and (rule.sources is not None or not isinstance(verdict, Target)):
+            for entry in entries(refused):
+                yield "nat", chain, entry
     # Packets that were rewritten no longer go to the frontend: where one side is served, one rule for the other is
-    # enough. A node port is a port of the node's own addresses and of no other's.
-    toNode = not key.address
-    if not isinstance(inside, Target) and not isinstance(outside, Target) and inside != outside:
+    # enough.
+    words: list[list[Entry]] = []
+    if not any(led) and inside != outside:
         word = _word(inside, key)
-        yield "filter", REFUSE, entry(word, fromNode=True, toNode=toNode)
-        for cidr in insiders:
-            yield "filter", REFUSE, entry(word, cidr, toNode=toNode)
-        yield "filter", REFUSE, entry(_word(outside, key), toNode=toNode)
-    elif not isinstance(outside, Target):
-        yield "filter", REFUSE, entry(_word(outside, key), toNode=toNode)
-    elif not isinstance(inside, Target):
-        yield "filter", REFUSE, entry(_word(inside, key), toNode=toNode)
+        words.append(entries(word, sources, fromNode=True))
+        words.append(entries(word, insiders))
+        words += [entries(word, sources, link) for link in place.links]
+    if not all(led):
+        words.append(entries(_word(inside if led[1] else outside, key), sources))
+    if rule.sources is not None:
+        words.append(entries(DROP))
+    for some in words:
+        for entry in some:
+            # A node port is a port of the node's own addresses and of no other's.
+            yield "filter", REFUSE, entry if key.address else structs.replace(entry, destinationLocal=True)
 
 
 def _word(verdict: Verdict, key: FrontendKey) -> str:
@@ -198,21 +286,38 @@ def guardEntries(guard: Guard) -> tuple[Entry, Entry]:
     )
 
 
-def insiderEntries(family: Family, insiders: Iterable[str]) -> list[Entry]:
-    """What ``KPROXY-INSIDERS`` holds: all networks, of both families, in their order."""
-    return [Entry(family, sanitised(f"kproxy insider {cidr}"), RETURN) for cidr in insiders]
+def clusterEntry(address: str, place: Place) -> tuple[str, Entry]:
+    """What is sent to a ClusterIP and was led nowhere: the chain of its one rule, and that rule."""
+    chain = CLUSTER_IPS if contains(place.services, address) else REFUSE
+    return chain, Entry(familyOf(address), sanitised(f"kproxy ClusterIP {address}"), NO_PORT, destination=address)
 
 
-def insidersOf(family: Family, insiders: Iterable[str]) -> tuple[str, ...]:
-    """
-    Those of one family, as conditions for a rule. A condition that everybody meets would be no condition, and the
-    rule not to be told from the one that follows it: it is written as two halves.
-    """
-    own: list[str] = []
-    for cidr in insiders:
-        if (":" in cidr) == (family == "IPv6"):
-            own += [str(half) for half in ip_network(cidr).subnets()] if cidr.endswith("/0") else [cidr]
-    return tuple(own)
+def noPortEntries(family: Family) -> tuple[Entry, Entry]:
+    """What ``KPROXY-NO-PORT`` holds as soon as there is a ClusterIP."""
+    comment = "kproxy no such port"
+    return Entry(family, comment, RESET, protocol="TCP"), Entry(family, comment, REJECT)
+
+
+def serviceEntries(family: Family, place: Place) -> Iterator[Entry]:
+    """What ``KPROXY-REFUSE`` does with the networks of ClusterIPs."""
+    for cidr in place.services:
+        comment, destination = sanitised(f"kproxy services {cidr}"), cidr.removesuffix(_WHOLE[family])
+        yield Entry(family, comment, CLUSTER_IPS, destination=destination)
+        # Whoever gave it to the node knows why: a resolver for the node's pods has an address like that.
+        yield Entry(family, comment, RETURN, destination=destination, destinationLocal=True)
+        yield Entry(family, comment, DROP, destination=destination)
+
+
+def localityEntries(family: Family, locality: Locality) -> list[Entry]:
+    """What ``KPROXY-INSIDERS`` holds: all of it, of both families, in its order."""
+    kept = [Entry(family, sanitised(f"kproxy insider {cidr}"), RETURN) for cidr in locality.insiders]
+    for link in locality.insiderLinks:
+        comment = "kproxy insider links" if link.endswith("*") else "kproxy insider link"
+        kept.append(Entry(family, comment, RETURN, interface=_written(link)))
+    if locality.nodePorts != EVERYWHERE:
+        for cidr in locality.nodePorts or ("nowhere",):
+            kept.append(Entry(family, sanitised(f"kproxy node ports {cidr}"), RETURN))
+    return kept + [Entry(family, sanitised(f"kproxy service network {cidr}"), RETURN) for cidr in locality.services]
 
 
 class Content(Struct, Generic[_T], frozen=True):
@@ -227,7 +332,8 @@ class Content(Struct, Generic[_T], frozen=True):
 
 def familiesOf(ruleset: Ruleset) -> set[Family]:
     """The families that a ruleset has something for."""
-    return {key.family for key in ruleset.rules} | {guard.family for guard in ruleset.guards}
+    texts = (*ruleset.clusterIPs, *ruleset.locality.services)
+    return {it.family for its in (ruleset.rules, ruleset.guards) for it in its} | {familyOf(text) for text in texts}
 
 
 def render(ruleset: Ruleset, family: Family, form: Callable[[Entry], _T] = pack) -> Content[_T]:  # type: ignore[assignment]
@@ -237,126 +343,41 @@ def render(ruleset: Ruleset, family: Family, form: Callable[[Entry], _T] = pack)
     :param form: what a rule is written as.
     """
     content: Content[_T] = Content({chain: [] for chain in CHAINS["nat"]}, {chain: [] for chain in CHAINS["filter"]})
-    own = insidersOf(family, ruleset.locality.insiders)
+    place = placeOf(family, ruleset.locality)
     for key, rule in ruleset.rules.items():
         if key.family == family:
-            for table, chain, entry in ruleEntries(key, rule, own):
+            for table, chain, entry in ruleEntries(key, rule, place):
                 content.of(table)[chain].append(form(entry))
     for guard in sorted(ruleset.guards):
         if guard.family == family:
             content.filter[GUARD].extend(form(entry) for entry in guardEntries(guard))
-    content.nat[INSIDERS].extend(form(entry) for entry in insiderEntries(family, ruleset.locality.insiders))
+    content.filter[REFUSE].extend(form(entry) for entry in serviceEntries(family, place))
+    own = ownOf(family, ruleset.clusterIPs)
+    for address in own:
+        chain, entry = clusterEntry(address, place)
+        content.filter[chain].append(form(entry))
+    if own:
+        content.filter[NO_PORT].extend(form(entry) for entry in noPortEntries(family))
+    content.nat[INSIDERS].extend(form(entry) for entry in localityEntries(family, ruleset.locality))
     return content
 
 
-# --- and back --------------------------------------------------------------------------------------------------------
+def ownOf(family: Family, addresses: Iterable[str]) -> list[str]:
+    """Those of one family, sorted."""
+    return sorted(it for it in addresses if familyOf(it) == family)
 
 
-class _Found:
-    """What the chains say of one frontend."""
-
-    __slots__ = ("closed", "container", "fromNode", "host", "refuse")
-
-    def __init__(self) -> None:
-        self.closed = False  # a rule for everybody was seen: none may follow
-        self.container: Target | None = None
-        self.host: Target | None = None
-        self.fromNode: str = ""
-        self.refuse: str = ""
-
-    def rule(self, key: FrontendKey) -> Rule:
-        refusal = self.fromNode or self.refuse
-        outside = self.container or _verdict(self.refuse, key)
-        return Rule(outside, self.host or _verdict(refusal, key))
+def frontendOf(chain: str, entry: Entry) -> tuple[str, Protocol | None, int]:
+    """What a rule is for. The order of rules matters among those for the same only, and see :func:`isOrdered`."""
+    isNodePort = chain in (NODEPORT_CONTAINER, NODEPORT_HOST) or (entry.destinationLocal and entry.protocol is not None)
+    return "" if isNodePort else entry.destination, entry.protocol, entry.port
 
 
-def _verdict(word: str, key: FrontendKey) -> Verdict:
-    if word in (REJECT, RESET):
-        return "reject"
-    if word == DROP:
-        return "drop"
-    raise UnknownBytes(f"the rules of {key} are not complete")
-
-
-_INSIDER = re.compile(r"kproxy insider (\S+)")
-
-
-def reconstruct(family: Family, found: Content[bytes]) -> Ruleset:
-    """
-    The ruleset that these chains were made from.
-
-    :param found: what was read, as :func:`~.xtbytes.normalised` gives it.
-    :raise UnknownBytes: where no ruleset gives exactly this.
-    """
-    insiders: list[str] = []
-    for data in found.nat[INSIDERS]:
-        match = _INSIDER.fullmatch(parse(family, data).comment)
-        if match is None:
-            raise UnknownBytes(f"{INSIDERS} holds something else")
-        insiders.append(match[1])
-    frontends: dict[FrontendKey, _Found] = {}
-    for chain in (PORTALS_CONTAINER, NODEPORT_CONTAINER, PORTALS_HOST, NODEPORT_HOST):
-        for data in found.nat[chain]:
-            entry = parse(family, data)
-            it = frontends.setdefault(_keyOf(entry), _Found())
-            if chain in (PORTALS_CONTAINER, NODEPORT_CONTAINER):
-                if it.closed:
-                    raise UnknownBytes(f"a rule of {chain} is never reached: {entry.comment}")
-                it.closed = not entry.source
-            if entry.source or not isinstance(entry.target, Target):
-                continue  # an insider's; the comparison below tells whether it is right
-            if chain in (PORTALS_HOST, NODEPORT_HOST):
-                it.host = entry.target
-            else:
-                it.container = entry.target
-    for data in found.filter[REFUSE]:
-        entry = parse(family, data)
-        it = frontends.setdefault(_keyOf(entry), _Found())
-        if it.refuse:
-            raise UnknownBytes(f"a rule of {REFUSE} is never reached: {entry.comment}")
-        if entry.sourceLocal:
-            it.fromNode = str(entry.target)
-        elif not entry.source:
-            it.refuse = str(entry.target)
-    guards = set()
-    for data in found.filter[GUARD]:
-        entry = parse(family, data)
-        if entry.protocol is None:
-            raise UnknownBytes(f"{GUARD} holds something else")
-        guards.add(Guard(family, entry.protocol, entry.port))
-    rules = {key: it.rule(key) for key, it in frontends.items()}
-    ruleset = Ruleset(rules, frozenset(guards), locality=Locality(tuple(insiders)))
-    try:
-        check(ruleset)
-    except Invalid as error:
-        raise UnknownBytes(str(error)) from None
-    _same(family, found, render(ruleset, family))
-    return ruleset
-
-
-def _keyOf(entry: Entry) -> FrontendKey:
-    if entry.protocol is None:
-        raise UnknownBytes(f"a rule is for no protocol: {entry.comment}")
-    return FrontendKey(entry.family, entry.protocol, entry.destination, entry.port)
-
-
-def _same(family: Family, found: Content[bytes], expected: Content[bytes]) -> None:
-    """Of rules of different frontends the order does not matter; that within one was looked at before."""
-    for table in TABLES:
-        for chain in CHAINS[table]:
-            if sorted(found.of(table)[chain]) != sorted(expected.of(table)[chain]):
-                raise UnknownBytes(f"{chain} of {table} ({family}) holds what was not written there")
-    # A guard's two rules exclude each other; the networks' order is kept by their chain.
-    if found.nat[INSIDERS] != expected.nat[INSIDERS]:
-        raise UnknownBytes(f"{INSIDERS} is out of order")
-
-
-def joined(found: Mapping[Family, Ruleset]) -> Ruleset | None:
-    """
-    What both families say together; ``None`` where that is nothing, or where they were written at different times.
-    """
-    localities = {it.locality for it in found.values()}
-    if len(localities) != 1:
-        return None
-    rules = {key: rule for it in found.values() for key, rule in it.rules.items()}
-    return Ruleset(rules, frozenset(guard for it in found.values() for guard in it.guards), locality=localities.pop())
+def isOrdered(chain: str, frontends: Iterable[tuple[str, Protocol | None, int]]) -> bool:
+    """Whether the rules for all protocols come last, where that matters."""
+    last = False
+    for _address, protocol, _port in frontends if chain in (REFUSE, NO_PORT) else ():
+        if protocol is not None and last:
+            return False
+        last = last or protocol is None
+    return True

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 
 from ..core.rules import Ruleset
 from ..core.values import Family
-from .xtlayout import CHAINS, GUARD, HOOKS, JUMPS, REFUSE, TABLES, TableName, render
+from .xtlayout import CHAINS, GUARD, HOOKS, JUMPS, REFUSE, TABLES, TableName, frontendOf, render
 from .xtsteps import Edits, flat, mendOf
 from .xttext import Saved, entryOf, textOf
 
@@ -57,7 +57,7 @@ def _new(rules: Iterable[str], present: set[str]) -> list[str]:
 def _table(family: Family, name: TableName, chains: dict[str, list[str]], saved: Saved, mend: bool) -> str:
     lines: list[str] = []
     if mend:
-        it = mendOf(saved.own, chains, lambda rule: _frontend(family, rule))
+        it = mendOf(saved.own, chains, lambda chain, rule: frontendOf(chain, entryOf(family, rule)))
         whole = {chain: chains[chain] for chain in it.whole}
         lines += [f"-D {chain} {rule}" for chain, rule in flat(it.gone)]
     else:
@@ -66,15 +66,16 @@ def _table(family: Family, name: TableName, chains: dict[str, list[str]], saved:
     lines += [f":{chain} - [0:0]" for chain in whole]
     lines += [f"-A {chain} {rule}" for chain, rule in flat(whole)]
     if mend:
+        lines += _heads(flat(it.first))
         lines += [f"-A {chain} {rule}" for chain, rule in flat(it.come)]
     lines += _jumps(family, name, saved)
     lines += _gone(saved, keep=CHAINS[name])
     return _block(name, lines)
 
 
-def _frontend(family: Family, specification: str) -> object:
-    entry = entryOf(family, specification)
-    return entry.destination, entry.protocol, entry.port
+def _heads(rules: Iterable[tuple[str, str]]) -> list[str]:
+    """To the heads of their chains, in their order."""
+    return [f"-I {chain} 1 {rule}" for chain, rule in reversed([*rules])]
 
 
 def _jumps(family: Family, name: TableName, saved: Saved) -> list[str]:
@@ -112,11 +113,11 @@ def jumpsStand(family: Family, tables: Mapping[str, Saved]) -> bool:
 def editScript(edits: Edits[str]) -> str:
     """A step. A rule that shall go and is not there fails its transaction."""
     blocks = [_block("filter", (f"-A {chain} {rule}" for chain, rule in edits.guardsNew))]
-    for table, gone, come in (
-        ("nat", edits.natGone, edits.natNew),
-        ("filter", edits.filterGone, edits.filterNew),
+    for table, gone, first, come in (
+        ("nat", edits.natGone, [], edits.natNew),
+        ("filter", edits.filterGone, edits.filterFirst, edits.filterNew),
     ):
-        lines = [f"-D {chain} {rule}" for chain, rule in gone]
+        lines = [f"-D {chain} {rule}" for chain, rule in gone] + _heads(first)
         blocks.append(_block(table, [*lines, *(f"-A {chain} {rule}" for chain, rule in come)]))
     return "".join(blocks)
 

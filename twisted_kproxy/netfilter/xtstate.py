@@ -12,7 +12,8 @@ from . import xtscript
 from .planning import updating
 from .slices import Slices
 from .xtbytes import UnknownBytes
-from .xtlayout import joined, reconstruct
+from .xtlayout import CHAINS, TABLES
+from .xtread import joined, reconstruct
 from .xttext import Saved, packedContent
 
 Tables: TypeAlias = dict[Family, dict[str, Saved]]
@@ -27,8 +28,8 @@ def stepOf(old: Ruleset, delta: Delta) -> Slices[tuple[Ruleset, Delta]]:
             changed[key] = rule
         yield
     yield from updating(rules, changed)
-    rest = applied(Ruleset(guards=old.guards, locality=old.locality), structs.replace(delta, rules={}))
-    return Ruleset(rules, rest.guards, locality=rest.locality), Delta(changed)
+    rest = applied(structs.replace(old, rules={}), structs.replace(delta, rules={}))
+    return structs.replace(rest, rules=rules), Delta(changed)
 
 
 def understood(tables: Tables) -> tuple[Ruleset | None, set[Family]]:
@@ -46,6 +47,13 @@ def understood(tables: Tables) -> tuple[Ruleset | None, set[Family]]:
             raise UnknownBytes(f"a rule of {family} that leads to our chains is missing or misplaced")
         found[family] = reconstruct(family, content)
     return joined(found), set(found)
+
+
+def isOlder(tables: Tables) -> bool:
+    """Whether there are chains of ours, but not those that an earlier version did not have."""
+    every = {chain for name in TABLES for chain in CHAINS[name]}
+    found = [{chain for saved in there.values() for chain in saved.own} for there in tables.values()]
+    return any(own and not every <= own for own in found)
 
 
 def fingerprint(tables: Tables) -> object:

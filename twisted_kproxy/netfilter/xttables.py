@@ -23,11 +23,12 @@ from typing import Any
 
 import iptc
 import iptc.ip4tc
+import iptc.xtables
 
 from ..core.rules import PROXY_MARK, Target
 from ..core.values import Family
 from .xtbytes import REJECT, RESET, Entry, UnknownBytes, normalised, pack
-from .xtlayout import CHAINS, HOOKS, JUMPS, PREFIX, Jump, TableName
+from .xtlayout import CHAINS, HOOKS, JUMPS, LATER, PREFIX, Jump, TableName
 
 #: Of every version of iptables since 1.4.20; later ones let the environment say otherwise.
 LOCK_FILE = "/run/xtables.lock"
@@ -155,8 +156,14 @@ def ruleOf(entry: Entry, table: Any) -> Any:
         rule.src = entry.source
     if entry.destination:
         rule.dst = entry.destination
+    if entry.interface:
+        # By libxtables itself: of IPv6 the library would have the kernel compare no more than a bit of each letter.
+        name, mask = ctypes.create_string_buffer(16), ctypes.create_string_buffer(16)
+        iptc.xtables._lib_xtables.xtables_parse_interface(entry.interface.encode(), name, mask)
+        head = rule.entry.ip if entry.family == "IPv4" else rule.entry.ipv6
+        head.iniface, head.iniface_mask = name.raw, mask.raw
     rule.create_match("comment").set_parameter("comment", entry.comment)
-    if entry.protocol:
+    if entry.protocol and entry.port:
         rule.create_match(entry.protocol.lower()).set_parameter("dport", str(entry.port))
     if entry.sourceLocal or entry.destinationLocal:
         match = rule.create_match("addrtype")
@@ -249,16 +256,26 @@ class LiveTable:
         """
         What our chains hold; ``None`` when none of them exists.
 
-        :raise UnknownBytes: where one is missing, or holds a rule that cannot be one of ours.
+        :raise UnknownBytes: where one is missing that earlier versions had, or holds a rule that cannot be one of ours.
         """
         own = set(self.ownChains())
         if not own:
             return None
-        if own != set(CHAINS[self.name]):
+        if own | LATER != set(CHAINS[self.name]) | LATER:
             raise UnknownBytes(f"{self} has the chains {', '.join(sorted(own))}")
-        return {
-            chain: [normalised(self.family, data) for data, _ in self.rules(chain)] for chain in CHAINS[self.name]
-        }  # fmt: skip
+        return {chain: self.normalised(chain) if chain in own else [] for chain in CHAINS[self.name]}
+
+    def isOlder(self) -> bool:
+        """Whether chains are missing that an earlier version did not have."""
+        return not set(CHAINS[self.name]) <= set(self.ownChains())
+
+    def normalised(self, chain: str) -> list[bytes]:
+        """:raise UnknownBytes: where a rule cannot be one of ours."""
+        return [self.normal(data, target) for data, target in self.rules(chain)]
+
+    def normal(self, data: bytes, target: str) -> bytes:
+        """One rule, as :meth:`rules` gives it, in the form in which it can be compared."""
+        return normalised(self.family, data, target if target.startswith(PREFIX) else "")
 
     def jumps(self, hook: str) -> list[tuple[int, str, bytes]]:
         """The rules of a built-in chain that lead to ours: ``(index, chain, bytes)``."""
@@ -291,6 +308,11 @@ class LiveTable:
                 append(chain, data)
         except iptc.IPTCError as error:
             raise Refused(f"{self}: cannot append to {chain}: {inWords(error)}") from None
+
+    def prepend(self, chain: str, data: bytes) -> None:
+        """Put a rule at the head of a chain."""
+        self.dirty = True
+        self._tried(lambda: self.library.insert_entry(chain, data, 0), f"put a rule at the head of {chain}")
 
     def delete(self, chain: str, entries: Iterable[bytes]) -> None:
         """

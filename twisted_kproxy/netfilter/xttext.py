@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from ipaddress import ip_network
 from typing import Any
 
 from msgspec import Struct
@@ -14,7 +15,7 @@ from msgspec import Struct
 from ..core.rules import PROXY_MARK, Target
 from ..core.values import Family, Protocol
 from .xtbytes import REJECT, RESET, Entry, UnknownBytes, pack
-from .xtlayout import CHAINS, PREFIX, TABLES, Content, TableName
+from .xtlayout import CHAINS, LATER, PREFIX, TABLES, Content, TableName
 
 _PORTS: dict[Family, str] = {"IPv4": "icmp-port-unreachable", "IPv6": "icmp6-port-unreachable"}
 _WIDTH = {"IPv4": "/32", "IPv6": "/128"}
@@ -28,13 +29,15 @@ def textOf(entry: Entry) -> str:
     if entry.source:
         words.append(f"-s {entry.source}")
     if entry.destination:
-        words.append(f"-d {entry.destination}{_WIDTH[entry.family]}")
+        words.append(f"-d {entry.destination}{'' if '/' in entry.destination else _WIDTH[entry.family]}")
+    if entry.interface:
+        words.append(f"-i {entry.interface}")
     protocol = entry.protocol.lower() if entry.protocol else ""
     if protocol:
         words.append(f"-p {protocol}")
     quoted = f'"{entry.comment}"' if re.search(r"[^A-Za-z0-9/_.:-]", entry.comment) else entry.comment
     words.append(f"-m comment --comment {quoted}")
-    if protocol:
+    if entry.port:
         words.append(f"-m {protocol} --dport {entry.port}")
     if entry.sourceLocal or entry.destinationLocal:
         words.append("-m addrtype")
@@ -56,7 +59,8 @@ def textOf(entry: Entry) -> str:
 
 _SPECIFICATION = re.compile(
     r"(?:-s (?P<source>\S+) )?"
-    r"(?:-d (?P<destination>[^ /]+)/(?:32|128) )?"
+    r"(?:-d (?P<destination>[^ /]+/\d{1,3}) )?"
+    r"(?:-i (?P<interface>[^ ]{1,15}) )?"
     r"(?:-p (?P<protocol>tcp|udp|sctp) )?"
     r'-m comment --comment (?:"(?P<quoted>[^"]*)"|(?P<bare>[^" ]+))'
     r"(?: -m (?P<match>tcp|udp|sctp) --dport (?P<port>\d{1,5}))?"
@@ -88,13 +92,22 @@ def entryOf(family: Family, text: str) -> Entry:
         target = it["word"]
     state: Any = ("!" if it["inverted"] else "") + (it["state"] or "")
     protocol = _PROTOCOLS.get(it["protocol"] or "")
+    destination = (it["destination"] or "").removesuffix(_WIDTH[family])
     entry = Entry(
-        family, it["quoted"] or it["bare"] or "", target, it["source"] or "", it["destination"] or "", protocol,
+        family, it["quoted"] or it["bare"] or "", target, it["source"] or "", destination, protocol,
         int(it["port"] or 0), bool(it["sourceLocal"]), bool(it["destinationLocal"]), state, bool(it["unmarked"]),
+        it["interface"] or "",
     )  # fmt: skip
-    if textOf(entry) != text:
+    if textOf(entry) != text or not _isCanonical(destination):
         raise UnknownBytes(f"a rule of another shape than is written here: {text[:200]}")
     return entry
+
+
+def _isCanonical(destination: str) -> bool:
+    try:
+        return "/" not in destination or str(ip_network(destination)) == destination
+    except ValueError:
+        return False
 
 
 # --- what iptables-save prints ---------------------------------------------------------------------------------------
@@ -182,16 +195,16 @@ def packedContent(family: Family, tables: dict[str, Saved]) -> Content[bytes] | 
     """
     What our chains hold, as bytes; ``None`` where there are none.
 
-    :raise UnknownBytes: where one is missing, or holds a rule that cannot be one of ours.
+    :raise UnknownBytes: where one is missing that earlier versions had, or holds a rule that cannot be one of ours.
     """
     contents: dict[TableName, dict[str, list[bytes]]] = {}
     for name in TABLES:
         saved = tables.get(name)
         if saved is None or not saved.own:
             continue
-        if saved.own.keys() != set(CHAINS[name]):
+        if saved.own.keys() | LATER != set(CHAINS[name]) | LATER:
             raise UnknownBytes(f"{family} {name} has the chains {', '.join(sorted(saved.own))}")
-        contents[name] = {chain: list(_packed(family, saved.own[chain])) for chain in CHAINS[name]}
+        contents[name] = {chain: list(_packed(family, saved.own.get(chain, []))) for chain in CHAINS[name]}
     if not contents:
         return None
     if len(contents) < len(TABLES):

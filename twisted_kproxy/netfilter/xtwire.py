@@ -13,7 +13,7 @@ import msgspec
 from msgspec import Struct
 
 from ..core.rules import Delta, Guard, Rule, Ruleset
-from ..core.values import FrontendKey, Locality
+from ..core.values import PLAIN, FrontendKey, Locality
 
 #: File descriptors of the worker: 0, 1 and 2 are out of the question, since the library writes to 1.
 REQUESTS, REPLIES = 3, 4
@@ -30,7 +30,8 @@ class Request(Struct, frozen=True, omit_defaults=True):
 
     :ivar op: ``check``, ``adopt``, ``apply``, ``replace``, ``peek``, ``cleanup``.
     :ivar rules: for ``replace`` all, for ``apply`` the steps.
-    :ivar guards: for ``replace`` all, for ``apply`` those to add.
+    :ivar guards: for ``replace`` all, for ``apply`` those to add; so with ``clusterIPs``.
+    :ivar locality: for ``apply`` ``None`` where it stays.
     :ivar full: for ``peek``: read everything back whatever the counters say.
     :ivar lockSeconds: how long to wait for the lock of xtables.
     """
@@ -39,19 +40,48 @@ class Request(Struct, frozen=True, omit_defaults=True):
     rules: list[tuple[FrontendKey, Rule | None]] = []
     guards: frozenset[Guard] = frozenset()
     guardsRemoved: frozenset[Guard] = frozenset()
-    insiders: tuple[str, ...] | None = None
+    clusterIPs: frozenset[str] = frozenset()
+    clusterIPsRemoved: frozenset[str] = frozenset()
+    locality: Locality | None = None
     full: bool = False
     lockSeconds: float = 20.0
+
+    @classmethod
+    def replacing(cls, ruleset: Ruleset, lockSeconds: float = 20.0) -> Request:
+        """Make this what is in force."""
+        return cls(
+            "replace",
+            list(ruleset.rules.items()),
+            ruleset.guards,
+            clusterIPs=ruleset.clusterIPs,
+            locality=ruleset.locality,
+            lockSeconds=lockSeconds,
+        )
+
+    @classmethod
+    def applying(cls, delta: Delta, lockSeconds: float = 20.0) -> Request:
+        """Take this step."""
+        return cls(
+            "apply",
+            list(delta.rules.items()),
+            delta.guardsAdded,
+            delta.guardsRemoved,
+            delta.clusterIPsAdded,
+            delta.clusterIPsRemoved,
+            delta.locality,
+            lockSeconds=lockSeconds,
+        )
 
     def ruleset(self) -> Ruleset:
         """What ``replace`` asks for."""
         rules = {key: rule for key, rule in self.rules if rule is not None}
-        return Ruleset(rules, self.guards, locality=Locality(self.insiders or ()))
+        return Ruleset(rules, self.guards, self.clusterIPs, self.locality or PLAIN)
 
     def delta(self) -> Delta:
         """What ``apply`` asks for."""
-        locality = Locality(self.insiders) if self.insiders is not None else None
-        return Delta(dict(self.rules), self.guards, self.guardsRemoved, locality=locality)
+        return Delta(
+            dict(self.rules), self.guards, self.guardsRemoved, self.clusterIPs, self.clusterIPsRemoved, self.locality
+        )
 
 
 class Reply(Struct, frozen=True, omit_defaults=True):
@@ -83,14 +113,28 @@ class Reply(Struct, frozen=True, omit_defaults=True):
     adopted: bool = False
     rules: list[tuple[FrontendKey, Rule]] = []
     guards: frozenset[Guard] = frozenset()
-    insiders: tuple[str, ...] = ()
+    clusterIPs: frozenset[str] = frozenset()
+    locality: Locality = PLAIN
     seconds: float = 0.0
     waited: float = 0.0
     held: float = 0.0
 
-    def ruleset(self) -> Ruleset | None:
+    @classmethod
+    def adopting(cls, found: Ruleset | None) -> Reply:
         """What ``adopt`` found."""
-        return Ruleset(dict(self.rules), self.guards, locality=Locality(self.insiders)) if self.adopted else None
+        if found is None:
+            return cls()
+        return cls(
+            adopted=True,
+            rules=list(found.rules.items()),
+            guards=found.guards,
+            clusterIPs=found.clusterIPs,
+            locality=found.locality,
+        )
+
+    def ruleset(self) -> Ruleset | None:
+        """The same, back."""
+        return Ruleset(dict(self.rules), self.guards, self.clusterIPs, self.locality) if self.adopted else None
 
 
 decodeRequest = msgspec.json.Decoder(Request).decode

@@ -73,16 +73,36 @@ class Journal:
             # A link is dead for some time before that is found.
             dead = isinstance(error, errors.TimedOut) and self.heard is not None
             self._outSince = self.heard if dead else now
-        if now - self._logged.get(text, -LOG_EVERY) < LOG_EVERY:
+        if not self._mayTell(text):
             return
-        self._logged[text] = now
-        if len(self._logged) > _REMEMBERED:
-            del self._logged[min(self._logged, key=self._logged.__getitem__)]
         # Losing the network is nothing out of the ordinary; being refused by a server that answers is.
         level = LogLevel.info if isinstance(error, (errors.LinkError, errors.Expired)) else LogLevel.warn
         self.log.emit(
             level, "No agreement on {kind} for now: {error}", kind=self.kind, error=text, source=self._source
         )
+
+    def rejected(self, key: str, reason: str, kept: bool) -> None:
+        """
+        An object cannot be read.
+
+        :param key: ``""`` for one of which not even that can be told; the same about such a one is told once a minute.
+        :param kept: an earlier version of it can.
+        """
+        if key or self._mayTell(f"{self.kind}: {reason}"):
+            self.log.warn(
+                "{kind} {key} of source {source} cannot be read, {kept}: {reason}",
+                kind=self.kind, key=key or "(without name)", source=self._source, reason=reason,
+                kept="its last good version stays in force" if kept else "it is not served",
+            )
+
+    def _mayTell(self, text: str) -> bool:
+        now = self._clock.seconds()
+        if now - self._logged.get(text, -LOG_EVERY) < LOG_EVERY:
+            return False
+        self._logged[text] = now
+        if len(self._logged) > _REMEMBERED:
+            del self._logged[min(self._logged, key=self._logged.__getitem__)]
+        return True
 
     def lacking(self, error: Exception) -> None:
         """The server does not have what may be missing, or does not let us read it: told once, and no fault."""
@@ -96,10 +116,3 @@ class Journal:
                 "There is no {kind} to be had, which does no harm; asking again now and then: {error}",
                 kind=self.kind, error=text, source=self._source,
             )
-
-    def rejected(self, key: str, reason: str) -> None:
-        """An object cannot be read."""
-        self.log.warn(
-            "{kind} {key} cannot be read, its last good version stays: {reason}",
-            kind=self.kind, key=key or "(unknown)", reason=reason,
-        )

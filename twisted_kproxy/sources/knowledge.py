@@ -187,4 +187,4 @@ class Knowledge:
 
     def _reject(self, key: str, reason: str) -> None:
         if not key or self.store.rejected.get(key) != reason:
-            self._journal.rejected(key, reason)
+            self._journal.rejected(key, reason, key in self.store.objects)

@@ -209,6 +209,9 @@ def _sort(value: Any) -> str:
 
 # --- JSON ------------------------------------------------------------------------------------------------------------
 
+#: A number that is too large is the fault of the one object that it stands in.
+_decodeAny = msgspec.json.Decoder(float_hook=float).decode
+
 
 def _json(data: bytes) -> Iterator[tuple[int, Any]]:
     text = data.removeprefix(b"\xef\xbb\xbf")
@@ -218,7 +221,7 @@ def _json(data: bytes) -> Iterator[tuple[int, Any]]:
         outer = msgspec.json.decode(text, type=dict[str, msgspec.Raw])
         kind = msgspec.json.decode(outer["kind"]) if "kind" in outer else ""
         if not (isinstance(kind, str) and kind.endswith("List") and "items" in outer):
-            yield _lineAt(text, len(text) - len(text.lstrip())), msgspec.json.decode(text)
+            yield _lineAt(text, len(text) - len(text.lstrip())), _decodeAny(text)
             return
         # Item by item: one large list in one call would keep every other thread waiting.
         items = msgspec.json.decode(outer.pop("items"), type=list[msgspec.Raw] | None) or []
@@ -229,7 +232,7 @@ def _json(data: bytes) -> Iterator[tuple[int, Any]]:
             start = text.find(raw, end)
             line += text.count(b"\n", end, start)
             end = start
-            yield line, {**common, "items": [msgspec.json.decode(raw)]}
+            yield line, {**common, "items": [_decodeAny(raw)]}
             line += raw.count(b"\n")
             end = start + len(raw)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:

@@ -30,12 +30,21 @@ from ..core.values import (
 )
 from ..interfaces import IDataplane, ILoadBalancer, IProxier, IRulePlane, ITrafficObserver, KproxyError
 from .ports import PortRange
-from .redirect import KINDS, Pace, Socket, closed, openingError, poolsOf, redirected, same
+from .redirect import (
+    KINDS,
+    NO_SCTP,
+    Pace,
+    Socket,
+    closed,
+    homeless,
+    openingError,
+    poolsOf,
+    preferred,
+    redirected,
+    same,
+)
 
 ProxierFactory: TypeAlias = Callable[[Any, PoolName, ILoadBalancer, ITrafficObserver], IProxier]
-
-_NO_SCTP = "SCTP is not served in userspace mode; its clients are refused"
-
 
 @implementer(IDataplane)
 class UserspaceDataplane:
@@ -160,16 +169,17 @@ class UserspaceDataplane:
         self._wanted = update.current
         self._rename(update.renamed)
         names = self._toLookAt(update, everything)
-        ports = {name: port for name, port in self._redirected.items() if name in update.current}
+        gone = [name for name in self._redirected if name not in update.current] if everything else update.removed
+        step: dict[ServicePortName, ServicePort | None] = dict.fromkeys(gone)
         pace = Pace(self._reactor)
         for name in names:
-            ports[name] = self._lookSafely(update.current[name], ports.get(name), pace)
+            step[name] = self._lookSafely(update.current[name], self._redirected.get(name), pace)
             if pace.due():
                 await pace.turn()
                 self._mayGoOn()
         self._forgetFaults(update.current)
         self._tellHomeless()
-        self._redirected = ServiceMap(ports, update.current.generation, update.current.locality)
+        self._redirected = self._redirected.step(step, update.current.generation, update.current.locality)
         await self._rules.onUpdate(Update(previous, self._redirected, full))
         self._inForce = self._redirected
         self._sound = True
@@ -224,7 +234,7 @@ class UserspaceDataplane:
         """
         name = port.name
         if name.protocol == "SCTP":
-            self._refuse(name, _NO_SCTP)
+            self._refuse(name, NO_SCTP)
             return same(before, closed(port))
         address = self._addresses[name.family]
         needed = poolsOf(port)
@@ -241,7 +251,7 @@ class UserspaceDataplane:
             if kind not in needed:
                 continue
             if address is None:
-                fault = f"this node has no {name.family} address"
+                fault = homeless(name.family)
                 continue
             if it is None:
                 pace.step()
@@ -264,10 +274,7 @@ class UserspaceDataplane:
 
     def _preferred(self, port: ServicePort, kind: PoolKind) -> int:
         """Where rules left by an earlier run lead its clients: listening there keeps them served."""
-        for frontend in port.frontends:
-            if frontend.pool == kind:
-                return self._rules.targetInForce(port.key(frontend)) or 0
-        return 0
+        return preferred(port, kind, self._rules.targetInForce)
 
     def _refuse(self, name: ServicePortName, reason: str) -> None:
         if self._refused.get(name) != reason:

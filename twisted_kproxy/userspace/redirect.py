@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from msgspec.structs import replace
 from twisted.internet.error import CannotListenError
 from twisted.internet.task import deferLater
 
-from ..core.values import Endpoint, PoolKind, ServicePort
+from ..core.values import Endpoint, Family, FrontendKey, PoolKind, ServicePort
 from ..interfaces import IProxier
 
 KINDS: tuple[PoolKind, ...] = ("cluster", "local")
+NO_SCTP = "SCTP is not served in userspace mode; its clients are refused"
 #: The reactor gets a turn after so many seconds of work, or so many steps.
 _SLICE = 0.01
 _STEPS = 64
@@ -96,6 +97,36 @@ def redirected(port: ServicePort, targets: Mapping[PoolKind, tuple[Endpoint, ...
         localReady=frozenset(),
         serving=frozenset(str(it) for pool in targets.values() for it in pool),
     )
+
+
+def planned(
+    port: ServicePort, targets: Mapping[PoolKind, tuple[Endpoint, ...]], address: str | None
+) -> tuple[ServicePort, str | None]:
+    """
+    What would be handed to the rules if these sockets were open.
+
+    :param address: of this node, of the family.
+    :return: that, and why the service port is not served, if so.
+    """
+    if port.name.protocol == "SCTP":
+        return closed(port), NO_SCTP
+    fault = homeless(port.name.family) if address is None and poolsOf(port) else None
+    return redirected(port, {"cluster": (), "local": (), **targets}, fault is None), fault
+
+
+def preferred(port: ServicePort, kind: PoolKind, inForce: Callable[[FrontendKey], int | None]) -> int:
+    """
+    Where the socket of a pool should listen, 0 for anywhere.
+
+    :param inForce: the port to which the rules in force lead a frontend.
+    """
+    known = (inForce(port.key(frontend)) for frontend in port.frontends if frontend.pool == kind)
+    return next(filter(None, known), 0)
+
+
+def homeless(family: Family) -> str:
+    """Why nothing of a family is served."""
+    return f"this node has no {family} address"
 
 
 def same(before: ServicePort | None, now: ServicePort) -> ServicePort:

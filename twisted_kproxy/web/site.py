@@ -37,7 +37,7 @@ class _Request(Request):
     log = Logger()
 
     def process(self) -> None:
-        channel: _Channel = self.channel  # type: ignore[assignment]
+        channel: Channel = self.channel  # type: ignore[assignment]
         self.site = channel.site
         if self.method in (b"GET", b"HEAD"):
             super().process()  # type: ignore[no-untyped-call]
@@ -63,7 +63,7 @@ class _Request(Request):
         self.finish()  # type: ignore[no-untyped-call]
 
 
-class _Channel(HTTPChannel):
+class Channel(HTTPChannel):
     """
     One request per connection, and it has its time to arrive as a whole: a byte now and then does not prolong it.
 
@@ -93,17 +93,19 @@ class ReadOnlySite(Site):
     the time of day, and this reactor's clock is monotonic.
 
     With too many connections the oldest is cut: whoever holds many open does not keep a load balancer's probe out.
+
+    :ivar maxConnections: how many there may be.
     """
 
     noisy = False
-    protocol = _Channel  # type: ignore[assignment]
+    protocol = Channel  # type: ignore[assignment]
     requestFactory = _Request
     displayTracebacks = False
 
     def __init__(self, reactor: Any, root: IResource, maxConnections: int, timeout: float) -> None:
         super().__init__(root, timeout=timeout, reactor=reactor)  # type: ignore[no-untyped-call]
-        self._maxConnections = maxConnections
-        self._channels: dict[_Channel, None] = {}
+        self.maxConnections = maxConnections
+        self._channels: dict[Channel, None] = {}
 
     def startFactory(self) -> None:
         """Without the timer and the file of the access log."""
@@ -119,13 +121,13 @@ class ReadOnlySite(Site):
         return _NoBody()
 
     def buildProtocol(self, addr: IAddress | None) -> Any:
-        while len(self._channels) >= self._maxConnections:
+        while len(self._channels) >= self.maxConnections:
             self._cut(next(iter(self._channels)))
         channel = super().buildProtocol(addr)  # type: ignore[no-untyped-call]
         self._channels[channel] = None
         return channel
 
-    def lost(self, channel: _Channel) -> None:
+    def lost(self, channel: Channel) -> None:
         """That connection is gone."""
         self._channels.pop(channel, None)
 
@@ -134,7 +136,7 @@ class ReadOnlySite(Site):
         for channel in list(self._channels):
             self._cut(channel)
 
-    def _cut(self, channel: _Channel) -> None:
+    def _cut(self, channel: Channel) -> None:
         del self._channels[channel]
         transport: Any = channel.transport
         if transport is not None:

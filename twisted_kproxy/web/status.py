@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
+from urllib.parse import parse_qs
 
 import msgspec
 from msgspec import Struct
@@ -18,6 +19,7 @@ from twisted.logger import Logger
 from twisted.web.resource import Resource
 from twisted.web.server import Request
 
+from ..core.question import USAGE, BadQuestion, Question, questionOf
 from ..core.values import FAMILIES, Family
 from ..core.wire import Node
 
@@ -25,6 +27,8 @@ from ..core.wire import Node
 TO_BE_DELETED_TAINT = "ToBeDeletedByClusterAutoscaler"
 JSON = "application/json"
 TEXT = "text/plain; charset=utf-8"
+#: parameters of a query that are looked at; more are none of a person
+MOST_PARAMETERS = 16
 _NEVER = "0001-01-01T00:00:00Z"  # how kube-proxy says it
 
 
@@ -256,6 +260,34 @@ class _Status:
                 self.log.failure("The part {part} of /status could not be made", part=name)
                 shown[name] = {"error": "this part could not be made; the log says why"}
         return 200, JSON, _json(shown, _wantsPretty(request))
+
+
+def explainPage(answer: Callable[[Question], Any]) -> dict[str, Page]:
+    """
+    ``explain``.
+
+    :param answer: makes what is shown, JSON-able.
+    """
+
+    def make(request: Request) -> tuple[int, str, bytes]:
+        try:
+            question = questionOf(_query(request))
+        except BadQuestion as error:
+            return 400, TEXT, f"{error}\n".encode()
+        return 200, JSON, _json(answer(question), _wantsPretty(request))
+
+    return {"explain": Page(make)}
+
+
+def _query(request: Request) -> dict[str, list[str]]:
+    """:raise BadQuestion: for what cannot be decoded."""
+    try:
+        text = request.uri.partition(b"?")[2].decode("ascii")
+        query = parse_qs(text, keep_blank_values=True, errors="strict", max_num_fields=MOST_PARAMETERS)
+    except ValueError:
+        raise BadQuestion(f"the query cannot be read; {USAGE}") from None
+    query.pop("pretty", None)
+    return query
 
 
 def tree(pages: Mapping[str, Page]) -> Page:

@@ -12,7 +12,7 @@ import errno
 import os
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from twisted.internet.defer import Deferred, succeed
@@ -137,6 +137,12 @@ class NativeRelay:
         self._tell()
         self._ffi.release(self._pump)
         return succeed(None)
+
+    def status(self) -> Mapping[str, Any]:
+        pipes = 0 if self._stopped else self.pipes[0]
+        return {
+            "engine": self.name, "active": len(self._open), "pipes": pipes, "ownThread": self._thread is not None
+        }  # fmt: skip
 
     # --- IReadDescriptor
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import errno
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from twisted.internet.defer import Deferred, succeed
@@ -453,6 +453,9 @@ class PairRelay:
                 pair.abort()
         self.pipes.close()
         return succeed(None)
+
+    def status(self) -> Mapping[str, Any]:
+        return {"engine": self.name, "active": len(self._pairs), "pipes": self.pipes.made}
 
     def _ended(self, pair: _Pair) -> None:
         self._pairs.discard(pair)

@@ -9,7 +9,7 @@ Back-pressure is by producers, ends are half-closes.
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeAlias
 
 from twisted.internet.defer import Deferred, succeed
@@ -261,6 +261,9 @@ class ProtocolRelay:
         for pair in list(self._pairs):
             pair.abort()
         return succeed(None)
+
+    def status(self) -> Mapping[str, Any]:
+        return {"engine": self.name, "active": len(self._pairs)}
 
     def _ended(self, pair: _Pair) -> None:
         self._pairs.discard(pair)

@@ -160,8 +160,6 @@ class EagerTransport(Connection):
         self._tempDataBuffer, self._tempDataLen = [], 0
         self._writeDisconnected = True
         self.stopWriting()  # type: ignore[no-untyped-call]
-        if not self.paused:
-            self.resumeProducing()  # the reactor may have stopped that
         self.protocol.writeConnectionLost()  # type: ignore[attr-defined]
 
     # --- ends

@@ -11,7 +11,7 @@ import errno
 import os
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from msgspec import msgpack
@@ -234,6 +234,13 @@ class WorkersRelay:
                 if it is not None:
                     return it.cut
         return self._own.relay(client, backend, early, ended)
+
+    def status(self) -> Mapping[str, Any]:
+        """``workers``: each one's process, and how many connections it has; ``active`` are those of the daemon too."""
+        own = self._own.status()
+        workers = self.workers
+        active = own["active"] + sum(it["active"] for it in workers)
+        return {"engine": self.engine, "active": active, "workers": workers, "daemon": own}
 
     def stop(self) -> Deferred[None]:
         """Let the workers go, with what they have open. Fires when their processes have ended."""

@@ -1,0 +1,144 @@
+"""
+Parts made from a configuration. This module and :mod:`.server` are the only ones that know concrete classes; here is
+what a plan, a run and a clean-up have in common, and what carries bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+from twisted.internet.defer import Deferred
+
+from . import plugin
+from .config import Config
+from .core.values import PoolName
+from .interfaces import (
+    IChannel,
+    ILoadBalancer,
+    IProxier,
+    IRuleWriter,
+    ISource,
+    ISourceMaker,
+    ITrafficObserver,
+    IWriterMaker,
+    KproxyError,
+    NotAvailable,
+)
+from .userspace.accesslog import AccessLog
+from .userspace.dial import Dialer
+from .userspace.engines.choose import makeRelay
+from .userspace.engines.poller import Poller
+from .userspace.ports import Budget, raiseLimit
+from .userspace.tcp import TcpProxier
+from .userspace.udp import UdpProxier
+
+#: in order of preference; others are chosen by name only
+AUTOMATIC_WRITERS = ("nftables", "python-iptables", "iptables")
+#: of the file descriptors for connections, what UDP flows may take
+UDP_SHARE = 0.5
+
+
+def makeSources(reactor: Any, config: Config, channel: IChannel) -> Iterator[ISource]:
+    """
+    What the configuration names, in order; none is running.
+
+    :raise KproxyError: where one cannot be made.
+    """
+    for options in config.sources:
+        maker = plugin.find(ISourceMaker, options.type)
+        source: ISource = maker.make(
+            reactor, options.name, options, channel, nodeName=config.nodeName, proxyName=config.proxyName
+        )
+        yield source
+
+
+def writersOf(reactor: Any, config: Config) -> list[tuple[str, Callable[[], IRuleWriter]]]:
+    """By name, what makes each of the rule writers that the configuration lets choose from."""
+    names = AUTOMATIC_WRITERS if config.writer == "auto" else (config.writer,)
+    return [(name, partial(plugin.find(IWriterMaker, name).make, reactor)) for name in names]
+
+
+class Carriers:
+    """
+    What serves clients in userspace mode: makes a proxier for each pool, and holds what all of them share.
+
+    :ivar budget: file descriptors.
+    :raise NotAvailable: where the configured engine cannot be had.
+    """
+
+    def __init__(self, reactor: Any, config: Config) -> None:
+        self._reactor = reactor
+        self._config = config
+        raiseLimit()
+        self.budget = Budget(reactor)
+        self._forFlows = self.budget.share(UDP_SHARE)
+        poller = Poller(reactor)
+        self._dialer = Dialer(reactor, poller)
+        self._relay = makeRelay(reactor, poller, config.engine, config.nativeThread, config.workers)
+        self._accessLog = AccessLog(reactor, config.accessLog) if config.accessLog else None
+
+    def makeTcp(self, reactor: Any, pool: PoolName, balancer: ILoadBalancer, observer: ITrafficObserver) -> IProxier:
+        """A proxier for a pool of a TCP service port."""
+        proxier: IProxier = TcpProxier(
+            reactor, pool, balancer, observer,
+            relay=self._relay, dialer=self._dialer, budget=self.budget,
+            connectTimeouts=self._config.connectTimeouts, accessLog=self._accessLog,
+        )
+        return proxier
+
+    def makeUdp(self, reactor: Any, pool: PoolName, balancer: ILoadBalancer, observer: ITrafficObserver) -> IProxier:
+        """The same for UDP."""
+        proxier: IProxier = UdpProxier(
+            reactor, pool, balancer, observer, idleTimeout=self._config.udpIdleTimeout, budget=self._forFlows
+        )
+        return proxier
+
+    def status(self) -> Mapping[str, Any]:
+        """What carries the bytes of TCP connections, and the access log, say of themselves."""
+        shown = dict(self._relay.status())
+        if self._accessLog is not None:
+            shown["accessLog"] = {"path": self._config.accessLog, "dropped": self._accessLog.dropped}
+        return shown
+
+    async def stop(self) -> None:
+        """Let go of what they share, once every proxier is drained: processes, threads, files."""
+        await self._relay.stop()
+        if self._accessLog is not None:
+            await self._accessLog.close()
+
+
+async def _cleanup(reactor: Any) -> list[str]:
+    said: list[str] = []
+    faults: list[str] = []
+    for name in plugin.names(IWriterMaker):
+        if name == "none":
+            continue
+        try:
+            writer: IRuleWriter = plugin.find(IWriterMaker, name).make(reactor)
+        except NotAvailable as error:
+            said.append(f"{name}: {error}")
+            continue
+        try:
+            await writer.probe()
+            said.append(f"{name}: {'rules removed' if await writer.cleanup() else 'nothing to remove'}")
+        except NotAvailable as error:
+            said.append(f"{name}: cannot have left anything here ({error})")
+        except KproxyError as error:
+            faults.append(f"{name}: {error}")
+        finally:
+            await writer.close()
+    if faults:
+        raise KproxyError("\n".join(faults + said))
+    return said
+
+
+def cleanup(reactor: Any) -> Deferred[list[str]]:
+    """
+    Remove every rule of ours, of every writer, and nothing else.
+
+    :return: fires with a line for each writer; fails with :class:`~twisted_kproxy.interfaces.KproxyError` where rules
+        could not be removed.
+    """
+    return Deferred.fromCoroutine(_cleanup(reactor))
