@@ -1,8 +1,10 @@
 """
-The one thing that setup.cfg cannot say: the C module of the native engine. It is optional: without a compiler, without
-cffi or on another system, everything else is built and installed.
+The one thing that setup.cfg cannot say: the C modules of the native engine. They are optional: without a compiler,
+without cffi or on another system, everything else is built and installed.
 """
 
 from setuptools import setup
 
-setup(cffi_modules=["twisted_kproxy/userspace/engines/build_pump.py:ffi"])
+_ENGINES = "twisted_kproxy/userspace/engines"
+
+setup(cffi_modules=[f"{_ENGINES}/build_{name}.py:ffi" for name in ("pump", "datagrams")])

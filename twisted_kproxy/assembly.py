@@ -28,7 +28,7 @@ from .interfaces import (
 )
 from .userspace.accesslog import AccessLog
 from .userspace.dial import Dialer
-from .userspace.engines.choose import makeRelay
+from .userspace.engines.choose import makeEngines
 from .userspace.engines.poller import Poller
 from .userspace.ports import Budget, raiseLimit
 from .userspace.tcp import TcpProxier
@@ -76,7 +76,9 @@ class Carriers:
         self._forFlows = self.budget.share(UDP_SHARE)
         poller = Poller(reactor)
         self._dialer = Dialer(reactor, poller)
-        self._relay = makeRelay(reactor, poller, config.engine, config.nativeThread, config.workers)
+        self._relay, self._sockets = makeEngines(
+            reactor, poller, config.engine, config.nativeThread, config.workers
+        )
         self._accessLog = AccessLog(reactor, config.accessLog) if config.accessLog else None
 
     def makeTcp(self, reactor: Any, pool: PoolName, balancer: ILoadBalancer, observer: ITrafficObserver) -> IProxier:
@@ -91,7 +93,8 @@ class Carriers:
     def makeUdp(self, reactor: Any, pool: PoolName, balancer: ILoadBalancer, observer: ITrafficObserver) -> IProxier:
         """The same for UDP."""
         proxier: IProxier = UdpProxier(
-            reactor, pool, balancer, observer, idleTimeout=self._config.udpIdleTimeout, budget=self._forFlows
+            reactor, pool, balancer, observer,
+            idleTimeout=self._config.udpIdleTimeout, budget=self._forFlows, sockets=self._sockets,
         )
         return proxier
 

@@ -21,8 +21,10 @@ from twisted.internet.task import deferLater
 from twisted.trial.unittest import SkipTest, TestCase
 from zope.interface import implementer
 
+from tests.shared.datagrams import socketsOf
 from twisted_kproxy.core.values import Endpoint, Family, Outcome, PoolName, ServicePortName
 from twisted_kproxy.interfaces import NoEndpoint
+from twisted_kproxy.userspace.engines.poller import Poller
 from twisted_kproxy.userspace.udp import UdpProxier
 from twisted_kproxy.userspace.udpsockets import Sockets
 
@@ -113,6 +115,14 @@ class Echo(Peer):
         self.socket.sendto(datagram, address)
 
 
+class Trains(Peer):
+    """An endpoint that answers in trains: four datagrams of two bytes and one of one, for the kernel to cut."""
+
+    def got(self, datagram: bytes, address: tuple[Any, ...]) -> None:
+        segment = [(socket.IPPROTO_UDP, 103, (2).to_bytes(2, sys.byteorder))]
+        self.socket.sendmsg([datagram * 4 + b"."], segment, 0, address)
+
+
 class Turns:
     """In the place of the balancer."""
 
@@ -171,9 +181,10 @@ class Unlimited:
 
 
 class LoopbackMixin:
-    """The tests, for either family."""
+    """The tests, for either family and either engine."""
 
     family: Family
+    engine = "python"
     timeout = 20
 
     def setUp(self) -> None:
@@ -183,6 +194,7 @@ class LoopbackMixin:
                     probe.bind(("::1", 0))
             except OSError as error:
                 raise SkipTest("this machine has no IPv6") from error
+        self.engineSockets = socketsOf(self.engine, reactor)
         self.sockets = datagramSockets()
         self.balancer = Turns()
         self.seen = Seen()
@@ -199,6 +211,7 @@ class LoopbackMixin:
             self.seen,  # type: ignore[arg-type]
             idleTimeout=idleTimeout,
             budget=self.budget,
+            sockets=self.engineSockets,
         )
         proxier.listen()
         return proxier
@@ -253,6 +266,28 @@ class LoopbackMixin:
             client.socket.sendto(datagram, self.to())
         await client.arrivals(len(sent))
         self.assertEqual([datagram for datagram, _ in client.arrived], sent)
+
+    async def test_train(self) -> None:
+        """What a client sends in one piece, for the kernel to cut, arrives as the datagrams that it stands for."""
+        self.balancer.pool = [self.endpoint()[1]]
+        client = self.client()
+        sent = os.urandom(10 * 1200 + 7)
+        segment = [(socket.IPPROTO_UDP, 103, (1200).to_bytes(2, sys.byteorder))]
+        try:
+            for _ in range(3):
+                client.socket.sendmsg([sent], segment, 0, self.to())
+        except OSError as error:
+            raise SkipTest(f"this kernel cuts no datagrams: {error}") from None
+        await client.arrivals(33)
+        self.assertEqual(b"".join(datagram for datagram, _ in client.arrived), 3 * sent)
+        self.assertEqual((self.status("datagramsSent"), self.status("datagramsReceived")), (33, 33))
+        self.balancer.pool = [self.endpoint(Trains)[1]]
+        another = self.client()
+        for count in range(4):
+            another.socket.sendto(b"%2d" % count, self.to())
+            await another.arrivals(5 * count + 5)
+        expected = [part for count in range(4) for part in (*[b"%2d" % count] * 4, b".")]
+        self.assertEqual([datagram for datagram, _ in another.arrived], expected)
 
     async def test_clientsApart(self) -> None:
         """Two hundred clients at a time over three endpoints: each gets its own replies and no other's."""
@@ -395,7 +430,15 @@ class LoopbackMixin:
         """A port that somebody holds is an error with its reason."""
         another = self.makeProxier()
         self.addCleanup(another.stopListening)
-        third = UdpProxier(reactor, another.pool, None, None, idleTimeout=1, budget=self.budget)  # type: ignore[arg-type]
+        third = UdpProxier(
+            reactor,
+            another.pool,
+            None,  # type: ignore[arg-type]
+            None,  # type: ignore[arg-type]
+            idleTimeout=1,
+            budget=self.budget,
+            sockets=self.engineSockets,
+        )
         error = self.assertRaises(CannotListenError, third.listen, another.port)
         self.assertIsInstance(error.socketError, OSError)
         another.stopListening()
@@ -417,7 +460,15 @@ class IPv4Tests(LoopbackMixin, TestCase):
     async def test_familiesApart(self) -> None:
         """Both families may have the same port, each with a proxier of its own."""
         six = PoolName(ServicePortName("default", "dns", "dns", "UDP", "IPv6"), "cluster")
-        other = UdpProxier(reactor, six, self.balancer, self.seen, idleTimeout=1, budget=self.budget)  # type: ignore[arg-type]
+        other = UdpProxier(
+            reactor,
+            six,
+            self.balancer,  # type: ignore[arg-type]
+            self.seen,  # type: ignore[arg-type]
+            idleTimeout=1,
+            budget=self.budget,
+            sockets=self.engineSockets,
+        )
         other.listen(self.proxier.port)
         self.assertEqual(other.port, self.proxier.port)
         other.stopListening()
@@ -425,6 +476,14 @@ class IPv4Tests(LoopbackMixin, TestCase):
 
 class IPv6Tests(LoopbackMixin, TestCase):
     family: Family = "IPv6"
+
+
+class NativeIPv4Tests(IPv4Tests):
+    engine = "native"
+
+
+class NativeIPv6Tests(IPv6Tests):
+    engine = "native"
 
 
 class EndpointSocketTests(TestCase):
@@ -439,7 +498,11 @@ class EndpointSocketTests(TestCase):
         self.failures.append((token, number))
         self.happened.callback(None)
 
-    def replied(self, token: str, datagram: bytes) -> None:
+    @property
+    def transport(self) -> Any:
+        return self
+
+    def reply(self, token: str, datagram: bytes) -> None:
         self.replies.append((token, datagram))
         self.happened.callback(None)
 
@@ -452,8 +515,8 @@ class EndpointSocketTests(TestCase):
             self.setUp()
             gone = Peer(family)
             gone.close()
-            sockets = Sockets()
-            connected = sockets.connect(reactor, Endpoint(LOOPBACK[family], gone.port), self, "token")
+            sockets = Sockets(reactor, Poller(reactor))
+            connected = sockets.connect(Endpoint(LOOPBACK[family], gone.port), self, "token")
             self.addCleanup(connected.close)
             self.assertTrue(sockets.isOwn(connected.local))
             self.assertEqual(connected.send(b"one"), 0)
@@ -477,8 +540,8 @@ class EndpointSocketTests(TestCase):
         """
         A datagram from the port of a listening socket is our own only when it comes from an address of this node.
         """
-        sockets = Sockets()
-        service = sockets.listen(reactor, "IPv4", 0, DatagramProtocol())
+        sockets = Sockets(reactor, Poller(reactor))
+        service = sockets.listen("IPv4", 0, DatagramProtocol(), sockets.table())
         port = service.number
         self.assertTrue(sockets.isOwn(("127.0.0.1", port)))
         self.assertTrue(sockets.isOwn(("127.0.0.77", port)))
@@ -490,14 +553,14 @@ class EndpointSocketTests(TestCase):
     async def test_repliesBeforeTheErrorCount(self) -> None:
         """What an endpoint sent before it went away is told before its failure."""
         peer = Peer("IPv4")
-        connected = Sockets().connect(reactor, Endpoint("127.0.0.1", peer.port), self, "token")
+        connected = Sockets(reactor, Poller(reactor)).connect(Endpoint("127.0.0.1", peer.port), self, "token")
         self.addCleanup(connected.close)
         connected.send(b"one")
         await peer.arrivals(1)
         peer.socket.sendto(b"re one", peer.arrived[0][1])
         peer.close()
         connected.send(b"two")
-        connected._receiver = order = Order()  # type: ignore[assignment]
+        connected._receiver = connected._port = order = Order()  # type: ignore[attr-defined]
         while len(order.told) < 2:
             await deferLater(reactor, 0.005, lambda: None)
         self.assertEqual(order.told, [b"re one", errno.ECONNREFUSED])
@@ -509,7 +572,7 @@ class Order:
     def __init__(self) -> None:
         self.told: list[bytes | int] = []
 
-    def replied(self, token: str, datagram: bytes) -> None:
+    def reply(self, token: str, datagram: bytes) -> None:
         self.told.append(datagram)
 
     def failed(self, token: str, number: int) -> None:
@@ -523,10 +586,12 @@ class NamespaceTests(TestCase):
         skip = "needs root, and unshare, ip and nft"
     timeout = 60
 
+    engine = "python"
+
     def inNamespace(self, *arguments: str) -> None:
         script = Path(__file__).with_name("udpnamespace.py")
         done = subprocess.run(
-            ["unshare", "--net", sys.executable, str(script), *arguments],
+            ["unshare", "--net", sys.executable, str(script), *arguments, self.engine],
             capture_output=True,
             text=True,
             timeout=50,
@@ -552,3 +617,9 @@ class NamespaceTests(TestCase):
         """So is one that the node's own packet filter does not let through."""
         for family in ("IPv4", "IPv6"):
             self.inNamespace("filtered", family)
+
+
+class NativeNamespaceTests(NamespaceTests):
+    """The same with the engine in C."""
+
+    engine = "native"

@@ -15,6 +15,7 @@ from twisted.internet import reactor as _reactor
 from twisted.internet.task import deferLater, react
 
 from tests.integration.test_udp import AF, Echo, Peer, Seen, Turns, Unlimited
+from tests.shared.datagrams import socketsOf
 from twisted_kproxy.core.values import Endpoint, Family, Outcome, PoolName, ServicePortName
 from twisted_kproxy.userspace.udp import UdpProxier
 
@@ -47,7 +48,7 @@ def network(family: Family) -> None:
     run("ip", option, "route", "add", "default", "dev", "eth0")
 
 
-def proxierOf(family: Family) -> tuple[UdpProxier, Turns, Seen]:
+def proxierOf(family: Family, engine: str) -> tuple[UdpProxier, Turns, Seen]:
     balancer, seen = Turns(), Seen()
     pool = PoolName(ServicePortName("default", "dns", "dns", "UDP", family), "cluster")
     proxier = UdpProxier(
@@ -57,14 +58,15 @@ def proxierOf(family: Family) -> tuple[UdpProxier, Turns, Seen]:
         seen,  # type: ignore[arg-type]
         idleTimeout=30,
         budget=Unlimited(),
+        sockets=socketsOf(engine, reactor),
     )
     proxier.listen()
     return proxier, balancer, seen
 
 
-async def rules(family: Family) -> None:
+async def rules(family: Family, engine: str) -> None:
     """The node's own clients, led from the service address to the node's second address."""
-    proxier, balancer, _ = proxierOf(family)
+    proxier, balancer, _ = proxierOf(family, engine)
     first, second = NODE[family]
     echo = Echo(family, first)
     balancer.pool = [Endpoint(first, echo.port)]
@@ -85,9 +87,9 @@ async def rules(family: Family) -> None:
     assert connected.arrived == [(b"another", (SERVICE[family], 53))], connected.arrived
 
 
-async def unreachable(family: Family) -> None:
+async def unreachable(family: Family, engine: str) -> None:
     """An endpoint on a node that is dead: nobody answers for its address."""
-    proxier, balancer, seen = proxierOf(family)
+    proxier, balancer, seen = proxierOf(family, engine)
     first, _ = NODE[family]
     settings = Path("/proc/sys/net", family.lower(), "neigh/eth0")
     (settings / "mcast_solicit").write_text("1")
@@ -102,9 +104,9 @@ async def unreachable(family: Family) -> None:
     assert seen.outcomes == [Outcome("unreachable", 8, 0)], seen.outcomes
 
 
-async def filtered(family: Family) -> None:
+async def filtered(family: Family, engine: str) -> None:
     """An endpoint that this node's own packet filter does not let us reach."""
-    proxier, balancer, seen = proxierOf(family)
+    proxier, balancer, seen = proxierOf(family, engine)
     first, _ = NODE[family]
     echo = Echo(family, first)
     balancer.pool = [Endpoint(first, echo.port), Endpoint(DEAD[family], 53)]
@@ -121,10 +123,10 @@ async def filtered(family: Family) -> None:
     assert seen.misses == ["unreachable"], seen.misses
 
 
-async def main(_reactor: Any, what: str, family: Family) -> None:
+async def main(_reactor: Any, what: str, family: Family, engine: str) -> None:
     assert AF[family] in (socket.AF_INET, socket.AF_INET6)
     network(family)
-    await {"rules": rules, "unreachable": unreachable, "filtered": filtered}[what](family)
+    await {"rules": rules, "unreachable": unreachable, "filtered": filtered}[what](family, engine)
     await deferLater(reactor, 0, lambda: None)
     print("as it should be")
 

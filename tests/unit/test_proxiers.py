@@ -7,6 +7,7 @@ from typing import Any
 from twisted.internet import reactor
 from twisted.trial.unittest import TestCase
 
+from tests.shared.datagrams import socketsOf
 from tests.shared.proxiers import ProxierSuite
 from twisted_kproxy.core.values import PoolName
 from twisted_kproxy.interfaces import ILoadBalancer, ITrafficObserver
@@ -44,6 +45,21 @@ class UdpProxierSuiteTests(ProxierSuite, TestCase):
     timeout = 20
     reactor: Any = reactor
     protocol = "UDP"
+    engine = "python"
 
     def makeProxier(self, pool: PoolName, balancer: ILoadBalancer, observer: ITrafficObserver) -> UdpProxier:
-        return UdpProxier(reactor, pool, balancer, observer, idleTimeout=30.0, budget=Budget(reactor))
+        return UdpProxier(
+            reactor,
+            pool,
+            balancer,
+            observer,
+            idleTimeout=30.0,
+            budget=Budget(reactor),
+            sockets=socketsOf(self.engine, reactor),
+        )
+
+
+class NativeUdpProxierSuiteTests(UdpProxierSuiteTests):
+    """UDP, in C."""
+
+    engine = "native"

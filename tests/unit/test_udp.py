@@ -9,12 +9,14 @@ from typing import Any
 from twisted.internet.defer import Deferred
 from twisted.internet.error import CannotListenError
 from twisted.internet.task import Clock
-from twisted.trial.unittest import SynchronousTestCase
+from twisted.trial.unittest import SkipTest, SynchronousTestCase
 from zope.interface.verify import verifyObject
 
+from tests.fakes.datagrams import FakeNativeSockets, FakeSocket, FakeSockets
 from tests.shared.policies import endpoint, endpoints
 from twisted_kproxy.core.values import Endpoint, Outcome, PoolName, ServicePortName
-from twisted_kproxy.interfaces import IProxier, NoEndpoint
+from twisted_kproxy.interfaces import IProxier, NoEndpoint, NotAvailable
+from twisted_kproxy.userspace.ports import raiseLimit
 from twisted_kproxy.userspace.udp import SLICE, TRIES, UdpProxier
 from twisted_kproxy.userspace.udpflows import KEPT
 
@@ -30,82 +32,8 @@ class TurningClock(Clock):
     def callLater(self, when: float, what: Any, *a: Any, **kw: Any) -> Any:
         return Clock.callLater(self, max(when, 0.001), what, *a, **kw)
 
-
-class FakePort:
-    """In the place of the socket for all clients."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-        self.dialled = b"a"
-        self.replies: list[tuple[bytes, tuple[Any, ...], bytes]] = []
-        self.error = 0
-
-    def reply(self, datagram: bytes, address: tuple[Any, ...], dialled: bytes) -> int:
-        if not self.error:
-            self.replies.append((datagram, address, dialled))
-        return self.error
-
-
-class FakeEndpointSocket:
-    """In the place of a socket connected to an endpoint."""
-
-    def __init__(self, endpoint: Endpoint, receiver: Any, token: Any) -> None:
-        self.endpoint = endpoint
-        self.receiver = receiver
-        self.token = token
-        self.sent: list[bytes] = []
-        self.errors: list[int] = []
-        self.open = True
-
-    def send(self, datagram: bytes) -> int:
-        assert self.open, "sent to a closed socket"
-        if self.errors:
-            return self.errors.pop(0)
-        self.sent.append(datagram)
-        return 0
-
-    def close(self) -> None:
-        self.open = False
-
-    def reply(self, datagram: bytes) -> None:
-        self.receiver.replied(self.token, datagram)
-
-    def refuse(self, number: int = errno.ECONNREFUSED) -> None:
-        self.receiver.failed(self.token, number)
-
-
-class FakeSockets:
-    """In the place of the kernel."""
-
-    def __init__(self) -> None:
-        self.connected: list[FakeEndpointSocket] = []
-        self.unreachable: dict[Endpoint, int] = {}
-        self.own: set[tuple[Any, ...]] = set()
-        self.closed: list[FakePort] = []
-        self.taken: set[int] = set()
-        #: endpoints whose sockets report these errors, one per datagram.
-        self.errors: dict[Endpoint, list[int]] = {}
-
-    def listen(self, reactor: Any, family: str, port: int, protocol: Any) -> FakePort:
-        if port in self.taken:
-            raise CannotListenError("", port, OSError(errno.EADDRINUSE, "in use"))
-        service = FakePort(port or 40000)
-        protocol.makeConnection(service)
-        return service
-
-    def close(self, service: FakePort) -> None:
-        self.closed.append(service)
-
-    def connect(self, reactor: Any, endpoint: Endpoint, receiver: Any, token: Any) -> FakeEndpointSocket:
-        if endpoint in self.unreachable:
-            raise OSError(self.unreachable[endpoint], "no way")
-        connected = FakeEndpointSocket(endpoint, receiver, token)
-        connected.errors = self.errors.get(endpoint, [])
-        self.connected.append(connected)
-        return connected
-
-    def isOwn(self, address: tuple[Any, ...]) -> bool:
-        return address in self.own
+    def removeWriter(self, writer: Any) -> None:
+        """What Twisted's ports do when they are closed."""
 
 
 class FakeBalancer:
@@ -171,13 +99,21 @@ class FakeBudget:
 
 
 class UdpCase(SynchronousTestCase):
+    engine = "python"
+    offload = 3
+
     def setUp(self) -> None:
+        raiseLimit()
         self.make(1, 2, 3)
 
     def make(self, *numbers: int, maxFlows: int = 100, fds: int = 1 << 20, idleTimeout: float = IDLE) -> None:
         self.clock = TurningClock()
         self.clock.advance(1000)
-        self.sockets = FakeSockets()
+        try:
+            kind = FakeNativeSockets if self.engine == "native" else FakeSockets
+            self.sockets: Any = kind(self.clock, self.offload)
+        except NotAvailable as error:
+            raise SkipTest(str(error)) from None
         self.balancer = FakeBalancer(*numbers)
         self.observer = FakeObserver()
         self.budget = FakeBudget(fds)
@@ -189,10 +125,11 @@ class UdpCase(SynchronousTestCase):
             idleTimeout=idleTimeout,
             budget=self.budget,
             maxFlows=maxFlows,
-            sockets=self.sockets,  # type: ignore[arg-type]
+            sockets=self.sockets,
         )
         self.proxier.listen()
-        self.service: Any = self.proxier.transport
+        self.transport: Any = self.proxier.transport
+        self.service: FakeSocket = self.transport.socket
 
     def tearDown(self) -> None:
         """Whatever happened, a stopped proxier leaves nothing behind and its books are balanced."""
@@ -205,12 +142,12 @@ class UdpCase(SynchronousTestCase):
         self.assertFalse([s for s in self.sockets.connected if s.open])
 
     def say(self, datagram: bytes = b"?", client: tuple[Any, ...] = CLIENT, dialled: bytes = b"a") -> None:
-        self.service.dialled = dialled
-        self.proxier.datagramReceived(datagram, client)
+        self.service.arrive((datagram, client, dialled, 0))
 
     @property
-    def last(self) -> FakeEndpointSocket:
-        return self.sockets.connected[-1]
+    def last(self) -> FakeSocket:
+        found: FakeSocket = self.sockets.connected[-1]
+        return found
 
     def reasons(self) -> list[str]:
         return [outcome.reason for _, _, outcome in self.observer.outcomes]
@@ -231,7 +168,7 @@ class RelayTests(UdpCase):
     def test_portInUse(self) -> None:
         """A port that cannot be had is an error, and another may be tried."""
         self.proxier.stopListening()
-        self.sockets.taken.add(40001)
+        self.sockets.kernel.taken.add(40001)
         self.assertRaises(CannotListenError, self.proxier.listen, 40001)
         self.proxier.listen(40002)
         self.assertEqual(self.proxier.port, 40002)
@@ -301,11 +238,9 @@ class RelayTests(UdpCase):
     def test_replyErrors(self) -> None:
         """A reply that the kernel does not take is dropped and counted; the flow goes on."""
         self.say()
-        self.service.error = errno.EAGAIN
+        self.service.errors = [errno.EAGAIN, errno.EMSGSIZE]
         self.last.reply(b"1")
-        self.service.error = errno.EMSGSIZE
         self.last.reply(b"2")
-        self.service.error = 0
         self.last.reply(b"3")
         self.assertEqual(self.drops(), {"busy": 1, "too-long": 1})
         self.assertEqual(self.service.replies, [(b"3", CLIENT, b"a")])
@@ -641,7 +576,7 @@ class EndTests(UdpCase):
         self.say()
         self.say(client=("192.0.2.2", 1))
         self.proxier.stopListening()
-        self.assertEqual((self.sockets.closed, self.reasons()), ([self.service], ["aborted", "aborted"]))
+        self.assertEqual((self.sockets.closed, self.reasons()), ([self.transport], ["aborted", "aborted"]))
         self.proxier.stopListening()
         self.assertEqual(len(self.sockets.closed), 1)
         self.assertIsNone(self.successResultOf(self.proxier.drained()))
@@ -702,3 +637,27 @@ class EndTests(UdpCase):
         self.assertEqual(self.balancer.asked[-1][0], RENAMED)
         self.proxier.stopListening()
         self.assertEqual({pool for pool, _, _ in self.observer.outcomes}, {RENAMED})
+
+
+class NativeRelayTests(RelayTests):
+    engine = "native"
+
+
+class NativeIdleTests(IdleTests):
+    engine = "native"
+
+
+class NativeEvictionTests(EvictionTests):
+    engine = "native"
+
+
+class NativeFailureTests(FailureTests):
+    engine = "native"
+
+
+class NativeEndpointsChangedTests(EndpointsChangedTests):
+    engine = "native"
+
+
+class NativeEndTests(EndTests):
+    engine = "native"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from twisted.internet.defer import Deferred
@@ -14,8 +14,9 @@ from zope.interface import implementer
 
 from ..core.values import Endpoint, Outcome, PoolName
 from ..interfaces import ILoadBalancer, IProxier, ITrafficObserver, NoEndpoint
-from .udpflows import KEPT, Flow, FlowKey, FlowTable
-from .udpsockets import Address, Sockets, WildcardPort
+from .udpflows import DROPS, Address, AnyFlow, FlowKey
+from .udpport import WildcardPort
+from .udpsockets import Sockets
 
 #: How many endpoints a datagram is sent to at most, one after the other.
 TRIES = 4
@@ -43,10 +44,6 @@ _UNREACHABLE = frozenset(
 # This machine is short of descriptors, memory or local ports; no endpoint is to blame. (A UDP connect() that finds no
 # free port says EAGAIN.)
 _SHORT = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EAGAIN})
-_DROPS = {errno.EMSGSIZE: "too-long", errno.EAGAIN: "busy", errno.ENOBUFS: "busy", errno.ENOMEM: "busy"}
-
-#: Every process has but one set of sockets that are its own.
-_SOCKETS = Sockets()
 
 
 class Descriptors(Protocol):
@@ -92,7 +89,8 @@ class UdpProxier(DatagramProtocol):
         a second) more.
     :param budget: one descriptor is taken per flow, and given back with it.
     :param maxFlows: how many flows there may be.
-    :param sockets: opens the sockets; for tests and other engines.
+    :param sockets: the engine: what opens sockets, and carries the datagrams of flows that need no decision. One for
+        the whole process, which knows the sockets that are its own.
     """
 
     log = Logger()
@@ -108,33 +106,31 @@ class UdpProxier(DatagramProtocol):
         *,
         idleTimeout: float,
         budget: Descriptors,
+        sockets: Sockets,
         maxFlows: int = 16384,
-        sockets: Sockets | None = None,
     ) -> None:
         self.pool = pool
         self.port = 0
         self._reactor = reactor
+        self._seconds: Callable[[], float] = reactor.seconds
         self._balancer = balancer
         self._observer = observer
         self._idleTimeout = idleTimeout
         self._budget = budget
         self._maxFlows = maxFlows
-        self._sockets = sockets or _SOCKETS
-        self._flows = FlowTable()
+        self._sockets = sockets
+        self._flows = sockets.table()
         self._sweeping: Any = None
-        self._doomed: deque[Flow] = deque()
+        self._doomed: deque[AnyFlow] = deque()
         self._cutting: Any = None
         self._waiting: list[Deferred[None]] = []
         self._opened = 0
         self._ended: dict[str, int] = {}
-        self._drops: dict[str, int] = {}
-        self._sent = [0, 0]
-        self._received = [0, 0]
 
     # --- IProxier ----------------------------------------------------------------------------------------------------
 
     def listen(self, port: int = 0) -> None:
-        service = self._sockets.listen(self._reactor, self.pool.port.family, port, self)
+        service = self._sockets.listen(self.pool.port.family, port, self, self._flows)
         self.port = service.number
         self.log.debug("{pool} is served on UDP port {port}.", pool=str(self.pool), port=self.port)
 
@@ -181,11 +177,8 @@ class UdpProxier(DatagramProtocol):
             "unanswered": self._flows.unanswered,
             "opened": self._opened,
             "ended": dict(self._ended),
-            "datagramsSent": self._sent[0],
-            "bytesSent": self._sent[1],
-            "datagramsReceived": self._received[0],
-            "bytesReceived": self._received[1],
-            "drops": dict(self._drops),
+            **self._flows.traffic()._asdict(),
+            "drops": dict(self._flows.drops()),
         }
 
     # --- datagrams ---------------------------------------------------------------------------------------------------
@@ -193,12 +186,12 @@ class UdpProxier(DatagramProtocol):
     def datagramReceived(self, datagram: bytes, addr: Address) -> None:
         """A client has sent this; the transport knows whom it had dialled."""
         assert self.transport is not None
-        now = self._reactor.seconds()
+        now = self._seconds()
         key = (addr, self.transport.dialled)
         flow = self._flows.find(key)
         if flow is None:
             if addr[1] == 0 or self._sockets.isOwn(addr):
-                self._drop("loop" if addr[1] else "source-port-0")
+                self._flows.drop("loop" if addr[1] else "source-port-0")
                 return
         elif flow.stale:
             self._end(flow, "moved")
@@ -208,58 +201,45 @@ class UdpProxier(DatagramProtocol):
         try:
             self._send(flow or self._begin(key, now, now), datagram)
         except _NoWay as noWay:
-            self._drop(noWay.reason)
+            self._flows.drop(noWay.reason)
 
-    def replied(self, flow: Flow, datagram: bytes) -> None:
-        """The flow's endpoint has sent this."""
-        if self.transport is None:
-            return
-        self._flows.answer(flow, self._reactor.seconds())
-        flow.unanswered = None
-        flow.tried = ()
-        client, dialled = flow.key
-        number = self.transport.reply(datagram, client, dialled)
-        if number:
-            self._drop(_DROPS.get(number, "error"))
-            return
-        flow.received += len(datagram)
-        self._received[0] += 1
-        self._received[1] += len(datagram)
+    def unsent(self, flow: AnyFlow, number: int, datagram: bytes) -> None:
+        """The kernel has not taken a client's datagram for the flow's endpoint, with this error number."""
+        try:
+            self._send(flow, datagram, number)
+        except _NoWay as noWay:
+            self._flows.drop(noWay.reason)
 
-    def failed(self, flow: Flow, number: int) -> None:
+    def failed(self, flow: AnyFlow, number: int) -> None:
         """The network has reported that something which was sent did not arrive at the flow's endpoint."""
         if not _blames(number):
-            self._drop(_DROPS.get(number, "error"))
+            self._flows.drop(DROPS.get(number, "error"))
             return
         try:
             self._move(flow, number)
         except _NoWay:
             pass  # counted already; the client's next datagram begins anew
 
-    def _send(self, flow: Flow, datagram: bytes) -> None:
+    def _send(self, flow: AnyFlow, datagram: bytes, number: int = 0) -> None:
         while True:
-            assert flow.socket is not None
-            number = flow.socket.send(datagram)
             if not number:
-                break
+                assert flow.socket is not None
+                number = flow.socket.send(datagram)
+                if not number:
+                    self._flows.sent(flow, datagram)
+                    return
             if not _blames(number):
-                self._drop(_DROPS.get(number, "error"))
+                self._flows.drop(DROPS.get(number, "error"))
                 return
             # The error is an earlier datagram's; this one was not sent.
             flow = self._move(flow, number)
-        flow.unanswered = datagram if len(datagram) <= KEPT else None
-        flow.sent += len(datagram)
-        self._sent[0] += 1
-        self._sent[1] += len(datagram)
-
-    def _drop(self, reason: str) -> None:
-        self._drops[reason] = self._drops.get(reason, 0) + 1
+            number = 0
 
     # --- flows -------------------------------------------------------------------------------------------------------
 
     def _begin(
         self, key: FlowKey, now: float, since: float, tried: tuple[Endpoint, ...] = (), reason: str = "error"
-    ) -> Flow:
+    ) -> AnyFlow:
         host = key[0][0]
         client = host if "%" not in host else host.partition("%")[0]
         if self.transport is None:
@@ -273,11 +253,14 @@ class UdpProxier(DatagramProtocol):
             if endpoint in tried or len(tried) >= TRIES:
                 self._observer.failed(self.pool, reason)
                 raise _NoWay("failed")
-            flow = Flow(key, endpoint, now, since, tried)
+            flow: AnyFlow = self._flows.make(key, endpoint, now, since, tried)
             self._makeRoom()
             try:
-                flow.socket = self._sockets.connect(self._reactor, endpoint, self, flow)
+                flow.socket = self._sockets.connect(endpoint, self, flow)
+                self._flows.add(flow)
             except OSError as error:
+                if flow.socket is not None:
+                    flow.socket.close()
                 self._budget.give(1)
                 number = error.errno or errno.EIO
                 if number in _SHORT:
@@ -287,7 +270,6 @@ class UdpProxier(DatagramProtocol):
                 self._observer.missed(self.pool, endpoint, reason)
                 tried = (*tried, endpoint)
                 continue
-            self._flows.add(flow)
             self._opened += 1
             self._balancer.opened(self.pool, endpoint)
             self._observer.opened(self.pool, endpoint, now - since)
@@ -309,12 +291,12 @@ class UdpProxier(DatagramProtocol):
         if flow is not None:
             self._end(flow, "evicted")
 
-    def _move(self, flow: Flow, number: int) -> Flow:
+    def _move(self, flow: AnyFlow, number: int) -> AnyFlow:
         """The flow's endpoint has failed: lead the client to another, and send again what was not answered."""
         reason = _reason(number)
         self._end(flow, reason)
         self._observer.missed(self.pool, flow.endpoint, reason)
-        now = self._reactor.seconds()
+        now = self._seconds()
         since = now if flow.answered else flow.since
         try:
             successor = self._begin(flow.key, now, since, (*flow.tried, flow.endpoint), reason)
@@ -322,15 +304,15 @@ class UdpProxier(DatagramProtocol):
                 self._send(successor, flow.unanswered)
         except _NoWay as noWay:
             if flow.unanswered is not None:
-                self._drop(noWay.reason)
+                self._flows.drop(noWay.reason)
             raise
         # To send it may have taken further moves.
-        current = self._flows.find(flow.key)
+        current: AnyFlow | None = self._flows.find(flow.key)
         if current is None:
             raise _NoWay(reason)
         return current
 
-    def _end(self, flow: Flow, reason: str) -> None:
+    def _end(self, flow: AnyFlow, reason: str) -> None:
         self._flows.remove(flow)
         if flow.socket is not None:
             flow.socket.close()
@@ -361,13 +343,13 @@ class UdpProxier(DatagramProtocol):
     def _armSweep(self) -> None:
         oldest = self._flows.oldest()
         if self._sweeping is None and oldest is not None:
-            rest = oldest + self._idleTimeout - self._reactor.seconds()
+            rest = oldest + self._idleTimeout - self._seconds()
             grain = min(self._idleTimeout * _GRAIN, _LONGEST_GRAIN)
             self._sweeping = self._reactor.callLater(max(rest, grain), self._sweep)
 
     def _sweep(self) -> None:
         self._sweeping = None
-        idle = self._flows.idle(self._reactor.seconds() - self._idleTimeout, SLICE)
+        idle = self._flows.idle(self._seconds() - self._idleTimeout, SLICE)
         for flow in idle:
             self._end(flow, "idle")
         if len(idle) == SLICE and self._flows:

@@ -1,179 +1,67 @@
 """
-The datagram sockets of the userspace dataplane, and nothing else: one bound to the wildcard for all clients of a pool,
-one connected socket per client towards its endpoint. A faster engine (batches, segmentation offload) takes this
-module's place behind :class:`Sockets`; who belongs to whom is decided elsewhere.
-
-A wildcard socket would answer from whatever address the route back suggests. A client, and the connection tracking
-that has rewritten its datagram's destination, takes a reply only from the very address that the datagram was sent to.
-So that address is read with every datagram (``IP_PKTINFO``, :manpage:`ip(7)`; ``IPV6_RECVPKTINFO``, RFC 3542 section 6)
-and given back with every reply.
+The datagram sockets of the userspace dataplane, and nothing else: one for all clients of a pool (:mod:`.udpport`), one
+connected socket per client towards its endpoint. Who belongs to whom is decided elsewhere. An engine that goes without
+Python for datagrams of known flows (:mod:`.engines.datagrams`) takes the place of :class:`Sockets`.
 """
 
 from __future__ import annotations
 
 import errno
 import socket
+import sys
 from collections.abc import Callable
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol
 
-from twisted.internet import udp
-from twisted.internet.defer import Deferred, succeed
-from twisted.internet.error import CannotListenError
-from twisted.internet.interfaces import IReadDescriptor
 from twisted.internet.protocol import DatagramProtocol
-from twisted.logger import Logger
-from twisted.python.failure import Failure
-from zope.interface import implementer
 
 from ..core.values import Endpoint, Family
-from .sockets import markOwn
+from .engines.offload import SOL_UDP, UDP_SEGMENT, described, probeOffload
+from .engines.poller import ERROR, READABLE, Poller
+from .sockets import familyOf, markOwn, openSocket
+from .udpflows import Address, Flows, FlowTable
+from .udpport import LARGEST, TURN, WildcardPort, enlarge
 
-#: The most that a UDP length field can say: nothing is ever truncated.
-LARGEST = 65535
-#: How many datagrams one socket may read in one turn of the reactor, so that none starves the others.
-TURN = 64
-#: Bursts wait here while the reactor does other work. The kernel only charges what is queued.
-SHARED_BUFFER = 1 << 20
+# So many datagrams one after the other are a lot.
+_BULK = 3
+#: Bursts wait here while the reactor does other work.
 CLIENT_BUFFER = 1 << 18
 
-_ANCILLARY = socket.CMSG_SPACE(20)
-
-# From linux/in.h, in6.h, asm-generic/socket.h: the socket module of Python 3.11 lacks them.
-_IP_PKTINFO = 8
+# From linux/in.h, in6.h: the socket module of Python 3.11 lacks them.
 _IP_RECVERR = 11
 _IPV6_RECVERR = 25
-_SO_SNDBUFFORCE = 32
-_SO_RCVBUFFORCE = 33
 
-#: A socket address as the kernel gives it: two parts in IPv4, four in IPv6.
-Address: TypeAlias = tuple[Any, ...]
+_DATAGRAMS = int(socket.SOCK_DGRAM)
 
 
 class Receiver(Protocol):
-    """Who has the connected sockets. ``token`` is what it gave to :meth:`Sockets.connect`."""
+    """Who decides: it has the flows, as their engine calls it."""
 
-    def replied(self, token: Any, datagram: bytes) -> None:
-        """The endpoint has sent this."""
+    transport: Any
 
-    def failed(self, token: Any, number: int) -> None:
+    def datagramReceived(self, datagram: bytes, addr: Address) -> None:
+        """A client without a flow, or one that must move, has sent this; ``transport`` has whom it had dialled."""
+
+    def unsent(self, flow: Any, number: int, datagram: bytes) -> None:
+        """The kernel has not taken a client's datagram for the flow's endpoint, with this error number."""
+
+    def failed(self, flow: Any, number: int) -> None:
         """The network says, by ICMP, that what was sent did not arrive, with this error number."""
 
 
-class WildcardPort(udp.Port):
-    """
-    The socket on every local address of one family. It calls ``datagramReceived(datagram, address)`` of its protocol
-    with the kernel's whole socket address; meanwhile :attr:`dialled` says where the datagram was sent to.
-
-    :ivar dialled: opaque, hashable; to be given to :meth:`reply`.
-    """
-
-    log = Logger()
-
-    dialled = b""
-
-    def __init__(self, reactor: Any, family: Family, port: int, protocol: DatagramProtocol) -> None:
-        interface = "::" if family == "IPv6" else "0.0.0.0"
-        udp.Port.__init__(self, port, protocol, interface, LARGEST, reactor)  # type: ignore[no-untyped-call]
-
-    @property
-    def number(self) -> int:
-        """The local port; 0 while it does not listen."""
-        return self._realPortNumber or 0
-
-    def startListening(self) -> None:
-        """
-        :raise OSError: (or :class:`twisted.internet.error.CannotListenError`) when that cannot be; nothing is left
-            open then.
-        """
-        skt = self.createInternetSocket()
-        try:
-            skt.bind((self.interface, self.port))
-        except OSError as error:
-            skt.close()
-            raise CannotListenError(self.interface, self.port, error) from error  # type: ignore[no-untyped-call]
-        self._preexistingSocket = skt  # type: ignore[assignment]
-        udp.Port.startListening(self)  # type: ignore[no-untyped-call]
-
-    def createInternetSocket(self) -> socket.socket:
-        skt: socket.socket = udp.Port.createInternetSocket(self)
-        try:
-            if self.addressFamily == socket.AF_INET6:
-                # The other family has a socket of its own, perhaps on the same port.
-                skt.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-                skt.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
-            else:
-                skt.setsockopt(socket.IPPROTO_IP, _IP_PKTINFO, 1)
-            _enlarge(skt, SHARED_BUFFER)
-        except BaseException:
-            skt.close()
-            raise
-        return skt
-
-    def doRead(self) -> None:
-        receive = self.socket.recvmsg
-        received = self.protocol.datagramReceived
-        for _ in range(TURN):
-            try:
-                datagram, ancillary, _flags, address = receive(LARGEST, _ANCILLARY)
-            except BlockingIOError:
-                return
-            except OSError as error:
-                # Nothing is known that would cause it, and whatever it is ends with this turn.
-                self.log.warn("Reading from UDP port {port} failed: {error}", port=self._realPortNumber, error=error)
-                return
-            self.dialled = _dialled(ancillary)
-            try:
-                received(datagram, address)
-            except Exception:
-                self.log.failure("A datagram was lost because of a defect")
-            if not self.connected:
-                return
-
-    def reply(self, datagram: bytes, address: Address, dialled: bytes) -> int:
-        """
-        Send a datagram from the address that the client had dialled.
-
-        :return: an error number; 0 where it was sent.
-        """
-        if not dialled:
-            ancillary = []
-        elif self.addressFamily == socket.AF_INET6:
-            ancillary = [(socket.IPPROTO_IPV6, socket.IPV6_PKTINFO, dialled)]
-        else:
-            ancillary = [(socket.IPPROTO_IP, _IP_PKTINFO, dialled)]
-        try:
-            self.socket.sendmsg((datagram,), ancillary, 0, address)
-        except OSError as error:
-            return error.errno or errno.EIO
-        return 0
-
-    def stopListening(self) -> Deferred[None]:
-        """The socket is closed, and its port free, when this returns."""
-        if self.connected:
-            self.stopReading()  # type: ignore[no-untyped-call]
-            self.connectionLost()  # type: ignore[no-untyped-call]
-        return succeed(None)
-
-
-@implementer(IReadDescriptor)
-class EndpointSocket:
+class PlainSocket:
     """
     One client's socket, connected to its endpoint: the kernel lets through nothing but this endpoint's datagrams, and
     the ICMP errors that ours caused.
+
+    :ivar local: its own address and port.
     """
 
-    __slots__ = ("_closed", "_reactor", "_receiver", "_socket", "_token", "local")
+    __slots__ = ("_closed", "_socket", "local")
 
-    def __init__(
-        self, reactor: Any, skt: socket.socket, receiver: Receiver, token: Any, closed: Callable[[Address], None]
-    ) -> None:
-        self._reactor = reactor
+    def __init__(self, skt: socket.socket, closed: Callable[[Address], None]) -> None:
         self._socket: socket.socket | None = skt
-        self._receiver = receiver
-        self._token = token
         self._closed = closed
         self.local: Address = skt.getsockname()[:2]
-        reactor.addReader(self)
 
     def send(self, datagram: bytes) -> int:
         """
@@ -190,48 +78,79 @@ class EndpointSocket:
             return error.errno or errno.EIO
         return 0
 
+    def sendTrain(self, data: bytes, segment: int) -> int:
+        """The same with datagrams of that size, which the kernel cuts."""
+        if self._socket is None:
+            return errno.EBADF
+        try:
+            self._socket.sendmsg((data,), ((SOL_UDP, UDP_SEGMENT, segment.to_bytes(2, sys.byteorder)),))
+        except OSError as error:
+            return error.errno or errno.EIO
+        return 0
+
     def close(self) -> None:
         """Close at once. Nothing is reported any more. Twice is harmless."""
-        if self._socket is None:
-            return
-        self._reactor.removeReader(self)
-        self._socket.close()
-        self._socket = None
-        self._closed(self.local)
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+            self._closed(self.local)
 
     def fileno(self) -> int:
         return -1 if self._socket is None else self._socket.fileno()
 
-    def logPrefix(self) -> str:
-        return "UDP"
 
-    def doRead(self) -> None:
-        trouble = 0
-        for _ in range(TURN):
-            if self._socket is None:
+class EndpointSocket(PlainSocket):
+    """One whose datagrams Python carries to the client, from the port that its receiver listens on now."""
+
+    __slots__ = ("_bulk", "_flow", "_poller", "_port", "_receiver")
+
+    def __init__(
+        self, poller: Poller, skt: socket.socket, receiver: Receiver, flow: Any, closed: Callable[[Address], None]
+    ) -> None:
+        super().__init__(skt, closed)
+        self._poller = poller
+        self._receiver = receiver
+        self._port = receiver.transport
+        self._flow = flow
+        self._bulk = 0
+        poller.watch(skt.fileno(), self._readable, READABLE)
+
+    def close(self) -> None:
+        if self._socket is not None:
+            self._poller.closing(self._socket.fileno())
+            super().close()
+
+    def _readable(self, events: int) -> None:
+        # To hear that nothing more is there takes as long as to read a datagram. The poller tells where there is more,
+        # so only one that has much to say is read until it has no more.
+        trouble = count = 0
+        most = TURN if events & ERROR or self._bulk >= _BULK else 1
+        replies: list[bytes] = []
+        while count < most:
+            skt = self._socket
+            if skt is None:
                 return
+            count += 1
             try:
-                datagram = self._socket.recv(LARGEST)
+                replies.append(skt.recv(LARGEST))
             except BlockingIOError:
+                if count <= _BULK:
+                    self._bulk = 0
                 break
             except OSError as error:
                 # Whatever the endpoint had sent before still counts: read on, report afterwards.
                 trouble = error.errno or errno.EIO
                 self._drainErrors()
-                continue
-            self._receiver.replied(self._token, datagram)
+        else:
+            self._bulk += 1
+        if len(replies) == 1:
+            self._port.reply(self._flow, replies[0])
+        elif replies:
+            self._port.replies(self._flow, replies)
+        if events & ERROR:
+            self._drainErrors()
         if trouble and self._socket is not None:
-            self._receiver.failed(self._token, trouble)
-
-    def connectionLost(self, reason: Failure) -> None:
-        """
-        The reactor has seen an error condition without data and has removed this reader. For a datagram socket that
-        is no end: it is how epoll tells of an ICMP error.
-        """
-        self.doRead()
-        self._drainErrors()
-        if self._socket is not None:
-            self._reactor.addReader(self)
+            self._receiver.failed(self._flow, trouble)
 
     def _drainErrors(self) -> None:
         # Each error is told twice: as the result of the next call, and in this queue. A queue that is not emptied
@@ -248,18 +167,39 @@ class EndpointSocket:
 class Sockets:
     """
     Opens the sockets, and knows which they are: a datagram that one of them sent must never be taken for a client's,
-    or it would go round for ever.
+    or it would go round for ever. So there is one for all proxiers of a process.
+
+    :param reactor: provides IReactorTime.
+    :param poller: tells when there is something to read.
+    :param offload: whether the kernel takes trains of datagrams and cuts them (:data:`~.engines.offload.GRO`,
+        :data:`~.engines.offload.GSO`); ``None`` to try.
     """
 
-    def __init__(self) -> None:
+    portType: type[WildcardPort] = WildcardPort
+
+    def __init__(self, reactor: Any, poller: Poller, offload: int | None = None) -> None:
+        self.offload = probeOffload() if offload is None else offload
+        self._reactor = reactor
+        self._poller = poller
         self._connected: set[Address] = set()
+        self._forget = self._connected.discard
         self._listening: set[int] = set()
 
-    def listen(self, reactor: Any, family: Family, port: int, protocol: DatagramProtocol) -> WildcardPort:
+    @property
+    def description(self) -> str:
+        """How it goes about it, for the log."""
+        return f"one at a time, {described(self.offload)}"
+
+    def table(self) -> Flows:
+        """A table for the flows of one proxier."""
+        return FlowTable()
+
+    def listen(self, family: Family, port: int, protocol: DatagramProtocol, flows: Flows) -> WildcardPort:
         """
+        :param flows: what :meth:`table` gave: the flows of this port's clients.
         :raise OSError: (or :class:`twisted.internet.error.CannotListenError`) when that cannot be.
         """
-        service = WildcardPort(reactor, family, port, protocol)
+        service = self.portType(self._reactor, self._poller, family, port, protocol, flows, self)
         service.startListening()
         self._listening.add(service.number)
         return service
@@ -269,15 +209,26 @@ class Sockets:
         self._listening.discard(service.number)
         service.stopListening()
 
-    def connect(self, reactor: Any, endpoint: Endpoint, receiver: Receiver, token: Any) -> EndpointSocket:
+    def connect(self, endpoint: Endpoint, receiver: Receiver, flow: Any) -> PlainSocket:
         """
         A socket connected to an endpoint. Nothing is sent by that.
 
         :raise OSError: when there is no route, no descriptor, or no local port left.
         """
-        family = socket.AF_INET6 if ":" in endpoint.address else socket.AF_INET
-        skt = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+        skt = self._connect(endpoint)
         try:
+            connected = EndpointSocket(self._poller, skt, receiver, flow, self._forget)
+        except BaseException:
+            skt.close()
+            raise
+        self._connected.add(connected.local)
+        return connected
+
+    def _connect(self, endpoint: Endpoint) -> socket.socket:
+        family = familyOf(endpoint.address)
+        skt = openSocket(family, _DATAGRAMS)
+        try:
+            skt.setblocking(False)
             markOwn(skt)
             # Without it, "host unreachable" and its like never reach a UDP socket: an endpoint whose node is dead
             # would go unnoticed (RFC 1122 section 4.1.3.3 asks for it).
@@ -285,45 +236,18 @@ class Sockets:
                 skt.setsockopt(socket.IPPROTO_IPV6, _IPV6_RECVERR, 1)
             else:
                 skt.setsockopt(socket.IPPROTO_IP, _IP_RECVERR, 1)
-            _enlarge(skt, CLIENT_BUFFER)
+            enlarge(skt, CLIENT_BUFFER)
             skt.connect((endpoint.address, endpoint.port))
-            connected = EndpointSocket(reactor, skt, receiver, token, self._connected.discard)
         except BaseException:
             skt.close()
             raise
-        self._connected.add(connected.local)
-        return connected
+        return skt
 
     def isOwn(self, address: Address) -> bool:
         """Whether a datagram from there was sent by one of these sockets."""
         if address[:2] in self._connected:
             return True
         return address[1] in self._listening and _isHere(address[0])
-
-
-def _dialled(ancillary: list[tuple[int, int, bytes]]) -> bytes:
-    """The control message of a reply from where the datagram was sent to; ``b""`` where that cannot be."""
-    for level, kind, data in ancillary:
-        if level == socket.IPPROTO_IP and kind == _IP_PKTINFO:
-            # struct in_pktinfo: interface, local address (never a broadcast one), destination of the header.
-            return b"\0\0\0\0" + data[4:8] + b"\0\0\0\0"
-        if level == socket.IPPROTO_IPV6 and kind == socket.IPV6_PKTINFO:
-            # struct in6_pktinfo: destination, interface; that one matters for link-local addresses only.
-            if data[0] == 0xFF:
-                return b""
-            return data[:20] if data[0] == 0xFE and data[1] & 0xC0 == 0x80 else data[:16] + b"\0\0\0\0"
-    return b""
-
-
-def _enlarge(skt: socket.socket, size: int) -> None:
-    """Give a socket buffers of that size; what the administrator allows others where we lack the privilege."""
-    for forced, allowed in ((_SO_RCVBUFFORCE, socket.SO_RCVBUF), (_SO_SNDBUFFORCE, socket.SO_SNDBUF)):
-        if skt.getsockopt(socket.SOL_SOCKET, allowed) >= 2 * size:
-            continue
-        try:
-            skt.setsockopt(socket.SOL_SOCKET, forced, size)
-        except OSError:
-            skt.setsockopt(socket.SOL_SOCKET, allowed, size)
 
 
 def _isHere(host: str) -> bool:

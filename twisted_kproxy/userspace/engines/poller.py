@@ -24,6 +24,8 @@ Handler: TypeAlias = Callable[[int], object]
 QUIET = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET
 #: The same, and that it takes bytes again.
 MASK = QUIET | select.EPOLLOUT
+#: For as long as there is something to read.
+READABLE = select.EPOLLIN
 #: There is something to read, or there will never be again.
 INPUT = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
 #: No further event may come for what is left to read.
@@ -66,7 +68,8 @@ class Poller:
         From now on events of that descriptor go to this handler. Where it is new here, an event comes by itself if
         there is something to tell already.
 
-        :param mask: of which events, where it is new.
+        :param mask: of which events, where it is new. :data:`READABLE` for descriptors that nobody waits for to take
+            more, or that are not read to the last at each event.
         """
         known = fd in self._handlers
         self._handlers[fd] = handler
