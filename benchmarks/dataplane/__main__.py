@@ -2,9 +2,9 @@
 The data plane's figures, beside the kernel's own way, HAProxy and nginx.
 
 ``python -m benchmarks.dataplane [--quick] [NAME ...]``, as root. A name is a measurement (requests, connections, bulk,
-latency, udp, idle) or a contestant (with ``-`` for a blank: kproxy-python, haproxy, nginx-16k …; ``kproxy`` for all of
-its engines). Those who are compared take turns, several rounds; what is shown are medians and ratios within a round. It
-never fails on a figure.
+latency, datagrams, idle) or a contestant (with ``-`` for a blank: kproxy-python, haproxy, nginx-16k …; ``kproxy`` for
+all of its engines). Those who are compared take turns, several rounds; what is shown are medians and ratios within a
+round. It never fails on a figure.
 """
 
 from __future__ import annotations

@@ -144,7 +144,7 @@ def _sockets(it: Contestant) -> int:
     return int(re.search(r"TCP: inuse (\d+)", said)[1])  # type: ignore[index]
 
 
-def udp(it: Contestant, seconds: float) -> Figures:
+def datagrams(it: Contestant, seconds: float) -> Figures:
     """Replies per second to single datagrams, and to trains that senders hand over in one call."""
     found: Figures = {}
     for name, options in (("udp", SINGLE), ("udp trains", TRAIN)):
@@ -161,7 +161,7 @@ MEASURES: dict[str, tuple[Measure, float, bool, Callable[[Contestant], bool]]] =
     "connections": (connections, 1, True, lambda it: True),
     "bulk": (bulk, 0.6, True, lambda it: True),
     "latency": (latency, 1.5, True, lambda it: True),
-    "udp": (udp, 0.6, True, lambda it: it.udp and it.name not in _SAME_UDP),
+    "datagrams": (datagrams, 0.6, True, lambda it: it.udp and it.name not in _SAME_UDP),
     "idle": (idle, 0, False, lambda it: bool(it.pids) and it.name not in _SAME_IDLE),
 }
 #: what differs from another one in nothing that this measures

@@ -15,11 +15,12 @@ from twisted_kproxy.configmodel import ENGINES
 from twisted_kproxy.interfaces import IRelay, NotAvailable
 from twisted_kproxy.reactor import DirectReactor
 from twisted_kproxy.userspace.engines import choose
-from twisted_kproxy.userspace.engines.choose import AUTOMATIC, chooseEngine, makeRelay
+from twisted_kproxy.userspace.engines.choose import AUTOMATIC, chooseEngine, makeEngines
 from twisted_kproxy.userspace.engines.native import NativeRelay
 from twisted_kproxy.userspace.engines.pairs import PairRelay
 from twisted_kproxy.userspace.engines.poller import Poller
 from twisted_kproxy.userspace.engines.protocol import ProtocolRelay
+from twisted_kproxy.userspace.udpsockets import Sockets
 
 PUMP = "twisted_kproxy.userspace.engines._pump"
 
@@ -43,8 +44,9 @@ class ChooseTests(SynchronousTestCase):
 
     def test_names(self) -> None:
         """Every name that the configuration may say stands for an engine, and the other way round."""
-        self.assertEqual(set(ENGINES) - {"auto"}, set(choose._MAKERS))
-        self.assertEqual(set(AUTOMATIC), set(choose._MAKERS))
+        self.assertEqual(set(ENGINES) - {"auto"}, set(choose._RELAYS))
+        self.assertEqual(set(AUTOMATIC), set(choose._RELAYS))
+        self.assertEqual(set(AUTOMATIC), set(choose._SOCKETS))
 
     def test_byName(self) -> None:
         """A named engine is taken; ``protocol`` is never taken by itself where another works."""
@@ -90,11 +92,11 @@ class ChooseTests(SynchronousTestCase):
         def none(*args: Any) -> IRelay:
             raise NotAvailable("broken")
 
-        self.patch(choose, "_MAKERS", {**choose._MAKERS, "native": none, "python": none})
+        self.patch(choose, "_RELAYS", {**choose._RELAYS, "native": none, "python": none})
         engine, line = self.choose()
         self.assertIsInstance(engine, ProtocolRelay)
         self.assertIn("(not native: broken; not python: broken)", line)
-        self.patch(choose, "_MAKERS", dict.fromkeys(AUTOMATIC, none))
+        self.patch(choose, "_RELAYS", dict.fromkeys(AUTOMATIC, none))
         error = self.assertRaises(NotAvailable, chooseEngine, reactor, Poller(reactor))
         self.assertEqual(str(error), "engine = auto: native: broken; python: broken; protocol: broken")
 
@@ -120,5 +122,16 @@ class ChooseTests(SynchronousTestCase):
 
     def test_oneProcess(self) -> None:
         """With one worker, which is the daemon itself, there is no other process."""
-        relay = makeRelay(reactor, Poller(reactor), "python", False, 1)
+        relay, _ = makeEngines(reactor, Poller(reactor), "python", False, 1)
         self.assertIsInstance(relay, PairRelay)
+
+    def test_datagrams(self) -> None:
+        """Whatever carries bytes, something carries datagrams; for protocols in Python that is Python."""
+        for name in ENGINES:
+            try:
+                relay, sockets = makeEngines(reactor, Poller(reactor), name)
+            except NotAvailable:
+                continue  # not built here
+            self.addCleanup(relay.stop)
+            if name in ("python", "protocol"):
+                self.assertIs(type(sockets), Sockets)

@@ -46,7 +46,8 @@ _RELAYS: dict[str, Callable[[Any, Poller, bool], IRelay]] = {
     "python": lambda reactor, poller, threaded: PairRelay(reactor, poller),
     "protocol": lambda reactor, poller, threaded: ProtocolRelay(reactor, poller),
 }
-_SOCKETS: dict[str, Callable[[Any, Poller], Sockets]] = {"native": _batches, "python": Sockets}
+# Datagrams have no protocols in between.
+_SOCKETS: dict[str, Callable[[Any, Poller], Sockets]] = {"native": _batches, "python": Sockets, "protocol": Sockets}
 
 
 def chooseEngine(reactor: Any, poller: Poller, wanted: str = "auto", threaded: bool = False) -> IRelay:
