@@ -1,5 +1,6 @@
 """
-Runs the tests layer by layer, each in a process of its own, by trial; counts what trial says.
+Runs the tests layer by layer, each in a process of its own, by trial; counts what trial says. Tests that wait for
+daemons and kernels more than they compute run in two processes at a time.
 
 ``python -m tests.run [LAYER ...]``; without layers all of them: every folder of :file:`tests/` with ``test_*.py`` in
 it. ``--lint`` runs the static checks first.
@@ -15,8 +16,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from twisted.trial.reporter import TreeReporter
 from twisted.trial.runner import TestLoader, TrialRunner
@@ -24,7 +26,12 @@ from twisted.trial.runner import TestLoader, TrialRunner
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
 ORDER = ("unit", "integration", "packaging")
+#: into how many processes a layer is divided
+PARTS = {"integration": 2}
 CHECKS = (("ruff", "check", "."), ("mypy",), ("lint-imports",))
+
+
+_running: set[subprocess.Popen[bytes]] = set()
 
 
 class Counts(NamedTuple):
@@ -56,30 +63,49 @@ def counted(result: Any) -> Counts:
     )
 
 
-def runHere(layer: str, file: str) -> int:
-    """Run one layer in this process, and write its counts to a file once it is through."""
-    suite = TestLoader().loadByName(f"tests.{layer}", recurse=True)
-    runner = TrialRunner(TreeReporter, workingDirectory=f"_trial_temp_{layer}")
+def modules(layer: str, part: int) -> list[str]:
+    """The modules of one part of a layer; parts are about as long as each other, by the length of their texts."""
+    sizes = sorted(((it.stat().st_size, it.stem) for it in TESTS.joinpath(layer).glob("test_*.py")), reverse=True)
+    loads: list[tuple[int, list[str]]] = [(0, []) for _ in range(PARTS.get(layer, 1))]
+    for size, name in sizes:
+        index = min(range(len(loads)), key=lambda it: loads[it][0])
+        loads[index] = (loads[index][0] + size, [*loads[index][1], f"tests.{layer}.{name}"])
+    return sorted(loads[part][1])
+
+
+def runHere(layer: str, part: int, file: str) -> int:
+    """Run one part of a layer in this process, and write its counts to a file once it is through."""
+    suite = TestLoader().loadByNames(modules(layer, part))
+    runner = TrialRunner(TreeReporter, workingDirectory=f"_trial_temp_{layer}_{part}")
     result = runner.run(suite)
     Path(file).write_text(json.dumps(counted(result)))
     return 0 if result.wasSuccessful() else 1
 
 
-def runIn(command: list[str], seconds: float) -> int | str:
+def runIn(command: list[str], seconds: float, output: IO[bytes] | None = None) -> int | str:
     """
     Run a command without input.
 
+    :param output: takes what it says.
     :return: its exit status, or in words why there is none that counts.
     """
-    process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, start_new_session=True)
+    errors = subprocess.STDOUT if output is not None else None
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output, stderr=errors, start_new_session=True
+    )
+    _running.add(process)
     try:
         status = process.wait(max(1.0, seconds))
     except subprocess.TimeoutExpired:
         _end(process)
         return f"took longer than the {seconds:.0f} s that were left"
     except BaseException:
-        _end(process)
+        # Those of other threads as well: nobody else would.
+        for it in list(_running):
+            _end(it)
         raise
+    finally:
+        _running.discard(process)
     return f"ended by {signal.Signals(-status).name}" if status < 0 else status
 
 
@@ -97,15 +123,36 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def runLayer(layer: str, seconds: float) -> tuple[Counts, str]:
-    """Run one layer in a process of its own. Counts, and what else there is to say."""
-    with tempfile.TemporaryDirectory(prefix="kproxy-tests-") as folder:
-        file = Path(folder, "counts.json")
-        return collect([sys.executable, "-u", "-m", "tests.run", "--here", str(file), layer], file, seconds)
+    """Run one layer, each part in a process of its own. Counts, and what else there is to say."""
+    with tempfile.TemporaryDirectory(prefix="kproxy-tests-") as folder, ThreadPoolExecutor() as pool:
+        first, *others = range(PARTS.get(layer, 1))
+
+        def run(part: int, output: IO[bytes] | None) -> tuple[Counts, str]:
+            file = Path(folder, f"counts{part}.json")
+            command = [sys.executable, "-u", "-m", "tests.run", "--here", str(file), "--part", str(part), layer]
+            return collect(command, file, seconds, output)
+
+        outputs = [tempfile.TemporaryFile(dir=folder) for _ in others]  # noqa: SIM115
+        running = [pool.submit(run, part, output) for part, output in zip(others, outputs, strict=True)]
+        try:
+            results = [run(first, None), *(it.result() for it in running)]
+        finally:
+            for output in outputs:
+                output.seek(0)
+                sys.stdout.buffer.write(output.read())
+                sys.stdout.flush()
+                output.close()
+    total = Counts()
+    for counts, _ in results:
+        total = total.plus(counts)
+    return total, "; ".join(remark for _, remark in results if remark)
 
 
-def collect(command: list[str], file: Path, seconds: float) -> tuple[Counts, str]:
+def collect(
+    command: list[str], file: Path, seconds: float, output: IO[bytes] | None = None
+) -> tuple[Counts, str]:
     """Run what writes its counts to a file. Whatever keeps it from that, or contradicts them, is a failure."""
-    status = runIn(command, seconds)
+    status = runIn(command, seconds, output)
     try:
         counts = Counts(*json.loads(file.read_text()))
     except (OSError, ValueError, TypeError):
@@ -132,9 +179,10 @@ def main() -> int:
     parser.add_argument("--limit", type=float, default=1200.0, help="seconds for everything")
     parser.add_argument("--summary", help="write the summary to this file instead of printing it")
     parser.add_argument("--here", metavar="FILE", help=argparse.SUPPRESS)
+    parser.add_argument("--part", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.here:
-        return runHere(options.layer[0], options.here)
+        return runHere(options.layer[0], options.part, options.here)
     unknown = sorted(set(options.layer) - set(layers()))
     if unknown:
         parser.error(f"there is no layer {', '.join(unknown)}; there is {', '.join(layers())}")

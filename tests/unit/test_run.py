@@ -10,6 +10,7 @@ from twisted.trial.reporter import TestResult
 from twisted.trial.runner import ErrorHolder, TestLoader
 from twisted.trial.unittest import SkipTest, SynchronousTestCase
 
+from tests import run
 from tests.run import Counts, collect, counted, layers, runIn
 
 
@@ -95,6 +96,15 @@ class RunTests(SynchronousTestCase):
         counts, remark = collect([sys.executable, "-c", program], Path(self.mktemp()).absolute(), 60)
         self.assertEqual(counts, Counts(failed=1))
         self.assertIn("SIGSEGV", remark)
+
+    def test_parts(self) -> None:
+        """Every module of a layer is in one of its parts, and in one only."""
+        for layer in run.layers():
+            parts = [run.modules(layer, part) for part in range(run.PARTS.get(layer, 1))]
+            found = sorted(name for names in parts for name in names)
+            wanted = sorted(f"tests.{layer}.{it.stem}" for it in run.TESTS.joinpath(layer).glob("test_*.py"))
+            self.assertEqual(found, wanted)
+            self.assertTrue(all(parts))
 
     def test_layers(self) -> None:
         """Every folder with tests is a layer; the quick one comes first."""

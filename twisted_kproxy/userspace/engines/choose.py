@@ -46,7 +46,6 @@ _RELAYS: dict[str, Callable[[Any, Poller, bool], IRelay]] = {
     "python": lambda reactor, poller, threaded: PairRelay(reactor, poller),
     "protocol": lambda reactor, poller, threaded: ProtocolRelay(reactor, poller),
 }
-# Datagrams have no protocols in between.
 _SOCKETS: dict[str, Callable[[Any, Poller], Sockets]] = {"native": _batches, "python": Sockets, "protocol": Sockets}
 
 
