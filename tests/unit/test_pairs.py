@@ -234,6 +234,37 @@ class StateTests(SynchronousTestCase):
         self.assertEqual(self.backend.recv(100), b"")
         self.assertEqual(segments(self.backend) - before, 1)
 
+    def test_answerOfTheDeaf(self) -> None:
+        """A backend that takes nothing more has answered and ended: the answer is out before the client is reset."""
+        self.handlers[self.backendSide].error = errno.EPIPE
+        self.backend.sendall(b"too large")
+        self.backend.shutdown(socket.SHUT_WR)
+        self.reactor.turn()
+        self.assertEqual(self.client.recv(100), b"too large")
+        self.assertEqual(self.successResultOf(self.done).reason, "backend-reset")
+
+    def test_resetInsteadOfTheEnd(self) -> None:
+        """The end that an event has told of turns out to be a reset: what came before is out before it."""
+        half = self.handlers[self.backendSide]
+        said = [b"too large"]
+
+        class Resetting:
+            fileno = half.socket.fileno
+            close = half.socket.close
+            setsockopt = half.socket.setsockopt
+
+            def recv_into(self, buffer: Any) -> int:
+                if not said:
+                    raise OSError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
+                data = said.pop()
+                buffer[: len(data)] = data
+                return len(data)
+
+        half.socket = Resetting()
+        half.event(INPUT & ~ERROR)
+        self.assertEqual(self.client.recv(100), b"too large")
+        self.assertEqual(self.successResultOf(self.done).reason, "backend-reset")
+
     def test_noEndAfterAll(self) -> None:
         """An event that tells of an end that is none keeps no bytes back."""
         self.client.sendall(b"ping")

@@ -116,12 +116,14 @@ class _Half:
                     noDelay(peer.socket)
                 return
             except OSError as error:
+                if held:  # before the reset, which would take its place
+                    noDelay(peer.socket)
                 self.pair.broken(self, error.errno or errno.ECONNRESET)
                 return
             if not size:
                 self._readEnded()
                 return
-            held = ending and size < BLOCK
+            held = ending and size < BLOCK and not self.error
             try:
                 sent = send(view[:size], _MORE) if held else send(view[:size])
             except BlockingIOError:
@@ -144,6 +146,8 @@ class _Half:
             elif not self.last:
                 # That was all: if more comes there is another event.
                 return
+        if held:
+            noDelay(peer.socket)
         relay.poller.again(self.goOn)
 
     def wait(self) -> None:

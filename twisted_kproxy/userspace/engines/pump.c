@@ -324,6 +324,13 @@ static void pumpPipe(pump *p, struct half *half)
     goOnLater(p, half->pair);
 }
 
+/* What waits for more goes out now. */
+static void noDelay(struct half *half)
+{
+    int on = 1;
+    setsockopt(half->fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
+}
+
 /* With MSG_MORE the last of it is there, and the end: the two go out as one packet. */
 static void pumpHalf(pump *p, struct half *half, int more)
 {
@@ -338,24 +345,22 @@ static void pumpHalf(pump *p, struct half *half, int more)
     for (int round = 0; round < READS; round++) {
         ssize_t size = recv(half->fd, p->buffer, BLOCK, 0);
         if (size < 0) {
-            if (errno == EINTR)
+            int number = errno;
+            if (number == EINTR)
                 continue;
-            if (errno != EAGAIN) {
-                broken(p, half, errno);
-                return;
-            }
-            half->last = 0;
-            if (held) {          /* it was not the end: what waits for more goes out now */
-                int on = 1;
-                setsockopt(peer->fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
-            }
+            if (held)            /* no end comes to go with it; before a reset, which would take its place */
+                noDelay(peer);
+            if (number == EAGAIN)
+                half->last = 0;
+            else
+                broken(p, half, number);
             return;
         }
         if (!size) {
             readEnded(p, half);
             return;
         }
-        held = size < BLOCK ? more : 0;
+        held = size < BLOCK && !half->error ? more : 0;
         ssize_t sent = send(peer->fd, p->buffer, size, MSG_NOSIGNAL | held);
         if (sent < 0) {
             if (errno != EAGAIN && errno != EINTR) {
@@ -386,6 +391,8 @@ static void pumpHalf(pump *p, struct half *half, int more)
             return;
         }
     }
+    if (held)
+        noDelay(peer);
     goOnLater(p, half->pair);
 }
 
