@@ -168,4 +168,4 @@ MEASURES: dict[str, tuple[Measure, float, bool, Callable[[Contestant], bool]]] =
 }
 #: what differs from another one in nothing that this measures
 _SAME_UDP = frozenset({"nginx 64k", "kproxy thread", "kproxy workers", "kproxy protocol"})
-_SAME_IDLE = frozenset({"haproxy 2", "haproxy splice", "nginx 64k", "kproxy thread", "kproxy workers", *MANIES})
+_SAME_IDLE = frozenset({"haproxy 2", "haproxy splice", "nginx 64k", "kproxy thread", *MANIES})
