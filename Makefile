@@ -14,7 +14,7 @@ help:
 	@echo "make test         every test: unit, integration, packaging; about 12 minutes"
 	@echo "make unit         the quick ones"
 	@echo "make lint         ruff, mypy, import contracts"
-	@echo "make bench        measurements"
+	@echo "make bench        the data plane beside HAProxy and nginx; root; 12 minutes. QUICK=1: two. WHAT=...: see docs"
 	@echo "make venv         only build .venv; PYTHON=... chooses the interpreter"
 	@echo "make clean        remove what was built"
 
@@ -40,7 +40,7 @@ lint: venv
 	@$(PY) -m tests.run --lint --no-tests
 
 bench: venv
-	@$(PY) -m benchmarks
+	@$(PY) -m benchmarks $(WHAT) $(if $(QUICK),--quick)
 
 clean:
 	rm -rf .venv build dist *.egg-info _trial_temp* .mypy_cache .ruff_cache .hypothesis .import_linter_cache

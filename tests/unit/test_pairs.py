@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
+import struct
 from typing import Any
 
 from twisted.internet import reactor
@@ -19,7 +21,7 @@ from tests.shared.relayscripts import ScriptSuite
 from twisted_kproxy.core.values import Outcome
 from twisted_kproxy.reactor import DirectReactor
 from twisted_kproxy.userspace.engines.pairs import BLOCK, PairRelay
-from twisted_kproxy.userspace.engines.poller import ERROR, INPUT, LAST, Poller
+from twisted_kproxy.userspace.engines.poller import ERROR, INPUT, LAST, OUTPUT, Poller
 from twisted_kproxy.userspace.engines.splice import CHUNK, MOST, Pipes, findSplice
 
 
@@ -160,6 +162,11 @@ class _Turning(Clock):
             reader.doRead()
 
 
+def segments(sock: socket.socket) -> int:
+    """How many segments it has received: ``tcpi_segs_in`` of linux/tcp.h."""
+    return int(struct.unpack_from("I", sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 192), 140)[0])
+
+
 class StateTests(SynchronousTestCase):
     """What the engine asks of the reactor, and what it does when time passes."""
 
@@ -204,6 +211,66 @@ class StateTests(SynchronousTestCase):
         self.reactor.turn()
         self.backend.settimeout(5)
         self.assertEqual(readExactly(self.backend, 4), b"ping")
+
+    def test_quiet(self) -> None:
+        """A connection that nothing is said on costs no event; that a side takes bytes is told once it took none."""
+        self.assertEqual(self.poller._epoll.poll(0), [])
+        self.stuff()
+        self.assertTrue(self.handlers[self.backendSide].full)
+        self.backend.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while self.backend.recv(BLOCK):
+                pass
+        told = dict(self.poller._epoll.poll(0))
+        self.assertTrue(told[self.backendSide.fileno()] & OUTPUT)
+
+    def test_endRidesOnLastBytes(self) -> None:
+        """The last bytes and the end go out as one packet."""
+        self.client.sendall(b"question")
+        self.client.shutdown(socket.SHUT_WR)
+        before = segments(self.backend)
+        self.reactor.turn()
+        self.assertEqual(self.backend.recv(100), b"question")
+        self.assertEqual(self.backend.recv(100), b"")
+        self.assertEqual(segments(self.backend) - before, 1)
+
+    def test_answerOfTheDeaf(self) -> None:
+        """A backend that takes nothing more has answered and ended: the answer is out before the client is reset."""
+        self.handlers[self.backendSide].error = errno.EPIPE
+        self.backend.sendall(b"too large")
+        self.backend.shutdown(socket.SHUT_WR)
+        self.reactor.turn()
+        self.assertEqual(self.client.recv(100), b"too large")
+        self.assertEqual(self.successResultOf(self.done).reason, "backend-reset")
+
+    def test_resetInsteadOfTheEnd(self) -> None:
+        """The end that an event has told of turns out to be a reset: what came before is out before it."""
+        half = self.handlers[self.backendSide]
+        said = [b"too large"]
+
+        class Resetting:
+            fileno = half.socket.fileno
+            close = half.socket.close
+            setsockopt = half.socket.setsockopt
+
+            def recv_into(self, buffer: Any) -> int:
+                if not said:
+                    raise OSError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
+                data = said.pop()
+                buffer[: len(data)] = data
+                return len(data)
+
+        half.socket = Resetting()
+        half.event(INPUT & ~ERROR)
+        self.assertEqual(self.client.recv(100), b"too large")
+        self.assertEqual(self.successResultOf(self.done).reason, "backend-reset")
+
+    def test_noEndAfterAll(self) -> None:
+        """An event that tells of an end that is none keeps no bytes back."""
+        self.client.sendall(b"ping")
+        self.handlers[self.clientSide].event(INPUT & ~ERROR)
+        self.backend.setblocking(False)
+        self.assertEqual(self.backend.recv(100), b"ping")
 
     def test_stalled(self) -> None:
         """When the backend takes no more, a bounded number of bytes is held."""

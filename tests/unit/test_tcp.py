@@ -19,7 +19,7 @@ from tests.shared.proxiers import (
     ScriptedBalancer,
     deadEndpoint,
 )
-from tests.shared.relays import PATIENCE, descriptors, ending, readAll, reset, tcpPair
+from tests.shared.relays import PATIENCE, descriptors, ending, readAll, readExactly, reset, tcpPair
 from twisted_kproxy.core.values import Endpoint, Outcome, PoolName, ServicePortName
 from twisted_kproxy.interfaces import IProxierFactory
 from twisted_kproxy.userspace.dial import Deadlines, Dial, Dialer, established
@@ -125,6 +125,27 @@ class DialingTests(TcpTestCase):
         self.assertEqual([reason for _, reason in self.observer.misses], ["timeout"])
         ((_, _, seconds),) = self.observer.openings
         self.assertTrue(0.09 < seconds < 2, seconds)
+
+    async def test_handshakeWaitsForTheQuestion(self) -> None:
+        """
+        The last word of the handshake goes with what the client has said; at once, where it has said nothing yet: its
+        server may speak first.
+        """
+        backend = self.backend()
+        proxier = self.listening(*[backend.endpoint] * 3)
+        dial, eagerness = self.dialer.dial, []
+
+        def dialled(*arguments: Any) -> Dial:
+            eagerness.append(arguments[3])
+            return dial(*arguments)
+
+        self.dialer.dial = dialled  # type: ignore[method-assign]
+        self.client(proxier)
+        await deferLater(reactor, 0.01)  # type: ignore[arg-type]
+        eager = self.client(proxier)
+        eager.sendall(b"hello")
+        self.assertEqual(await self.run_(readExactly, eager, 5), b"hello")
+        self.assertEqual(eagerness, [False, True])
 
     async def test_slowDialHoldsUpNobody(self) -> None:
         """While one client's endpoint does not answer, others are accepted, dialed and served."""
@@ -561,6 +582,19 @@ class DialTests(SynchronousTestCase):
         self.addCleanup(dial.socket.close)
         self.assertTrue(dial.connected)
         self.assertEqual((self.reactor.writers, self.reactor.getDelayedCalls()), (set(), []))
+
+    def test_eager(self) -> None:
+        """The handshake's last word goes with the first bytes, and the endpoint hears of both at once."""
+        listener = openListener("IPv4", 0)
+        self.addCleanup(listener.close)
+        dial = self.dialer.dial(Endpoint("127.0.0.1", listener.getsockname()[1]), 1.0, self, True)
+        self.addCleanup(dial.socket.close)
+        self.assertTrue(dial.connected)
+        self.assertRaises(BlockingIOError, listener.accept)
+        dial.socket.send(b"question")
+        accepted, _ = listener.accept()
+        self.addCleanup(accepted.close)
+        self.assertEqual(accepted.recv(100), b"question")
 
     def test_timeouts(self) -> None:
         """Attempts expire each at their own time, one timer serves all, and none is left."""

@@ -77,10 +77,13 @@ class Budget:
 
     def take(self, n: int) -> bool:
         """Reserve so many descriptors. ``False``, and nothing reserved, when they are not there."""
-        if self.used + n > self.limit - self.held:
+        used = self.used + n
+        room = self.limit - self.held
+        if used > room:
             return False
-        self.used += n
-        if not self.paused and self._isHigh():
+        self.used = used
+        # Nothing is near its limit most of the time, and this is done for each connection.
+        if used * 2 >= room and not self.paused and self._isHigh():
             self._pause(f"{self.used} of {self.limit - self.held} file descriptors for connections are in use")
         return True
 

@@ -16,8 +16,9 @@ from .sockets import EXHAUSTED, resetClose
 if TYPE_CHECKING:
     from .tcp import TcpProxier
 
-#: What is read of a client before it has an endpoint.
+#: What is read of a client before it has an endpoint; and at first, without waiting.
 _EARLY = 65536
+_FIRST = 4096
 
 
 class AcceptedSocket:
@@ -59,10 +60,22 @@ class Session:
         self._started = 0.0
 
     def makeConnection(self, transport: AcceptedSocket) -> None:
+        """Begin with a client that comes from elsewhere than :class:`.tcp.ListeningPort`."""
+        self.begin(transport.socket)
+
+    def begin(self, sock: socket.socket) -> None:
         """Begin. From here on the session owns the socket and the descriptors taken for it."""
-        self._socket = transport.socket
+        self._socket = sock
         self._proxier.sessionBegan(self)
         self._started = self._proxier.reactor.seconds()
+        try:
+            # Most clients speak first, and have by now. An end is found again by whoever relays.
+            self._early = sock.recv(_FIRST)
+        except BlockingIOError:
+            pass
+        except OSError:
+            self._refuse("client-gone")
+            return
         self._advance()
 
     def abort(self) -> None:
@@ -99,7 +112,7 @@ class Session:
                 self._attempt += 1
                 self._endpoint = proxier.balancer.nextEndpoint(proxier.pool, self._address[0], self._failed)
                 try:
-                    dial = proxier.dialer.dial(self._endpoint, timeout, self)
+                    dial = proxier.dialer.dial(self._endpoint, timeout, self, bool(self._early))
                 except OSError as error:
                     if not self._blame(error.errno or 0):
                         return

@@ -66,6 +66,18 @@ def keepAlive(sock: socket.socket) -> None:
         pass  # It is dead already.
 
 
+def noDelay(sock: socket.socket) -> None:
+    """No Nagle delay, and whatever waits for more goes out now. Never raises."""
+    try:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    except OSError:
+        pass  # It is dead already, or no TCP socket.
+
+
+# As plain numbers: members of an enumeration are looked at twice, and this is done for each connection.
+_SOCKET, _MARK = int(socket.SOL_SOCKET), int(socket.SO_MARK)
+
+
 class _Marking:
     """Whether the lack of the privilege was told already."""
 
@@ -81,7 +93,7 @@ def markOwn(sock: socket.socket) -> None:
     frontends of this node as well; that is logged once.
     """
     try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, PROXY_MARK)
+        sock.setsockopt(_SOCKET, _MARK, PROXY_MARK)
     except PermissionError:
         if not _Marking.told:
             _Marking.told = True

@@ -27,7 +27,7 @@ from ..interfaces import (
 from .accesslog import AccessLog
 from .dial import Dialer
 from .ports import Budget
-from .session import AcceptedSocket, Session
+from .session import Session
 from .sockets import BACKLOG, openListener, openSocket, wildcard
 
 #: Descriptors of one proxied connection.
@@ -55,7 +55,6 @@ class ListeningPort(Port):
     hands the bare socket over, and lets clients wait in the kernel.
     """
 
-    transport = AcceptedSocket  # type: ignore[assignment]
     log = Logger()
 
     def __init__(self, reactor: Any, proxier: TcpProxier, sock: socket.socket, budget: Budget) -> None:
@@ -63,6 +62,7 @@ class ListeningPort(Port):
         self._proxier = proxier
         self._budget = budget
         self.socket: socket.socket = sock
+        self._family = int(sock.family)
 
     def startListening(self) -> None:
         self._realPortNumber = self.port = self.socket.getsockname()[1]
@@ -100,7 +100,7 @@ class ListeningPort(Port):
         budget, proxier = self._budget, self._proxier
         # What accept() of the standard library does beside is not for us.
         accept = self.socket._accept  # type: ignore[attr-defined]
-        family = int(self.socket.family)
+        family = self._family
         for _ in range(limit):
             # Whoever hears of the last connection may have closed this port.
             if budget.paused or not self.connected:
@@ -121,7 +121,7 @@ class ListeningPort(Port):
                 continue
             sock = openSocket(family, _STREAM, 0, fd)
             sock.setblocking(False)
-            Session(proxier, address).makeConnection(self.transport(sock))
+            Session(proxier, address).begin(sock)
 
     def _logConnectionLostMsg(self) -> None:
         """Thousands of ports open and close here; the dataplane logs what matters."""

@@ -19,8 +19,8 @@ from zope.interface import implementer
 
 from ...core.values import Outcome
 from ...interfaces import IRelay
-from ..sockets import VANISHED, isDead, keepAlive, pendingError, resetClose
-from .poller import ERROR, INPUT, LAST, OUTPUT, Poller
+from ..sockets import VANISHED, isDead, keepAlive, noDelay, pendingError, resetClose
+from .poller import ERROR, INPUT, LAST, MASK, OUTPUT, QUIET, RDHUP, Poller
 from .splice import CHUNK, Pipe, Pipes, Splice, findSplice
 
 #: The most that is read, and held, at a time.
@@ -32,6 +32,10 @@ FULL = 2
 #: Bytes per event through a pipe.
 PIPED = 4 << 20
 _SWEEP = 15.0
+# The kernel keeps such bytes for up to 200 ms, for more to go with them: the end, here.
+_MORE = int(socket.MSG_MORE)
+# That side has ended, and has not failed.
+_END, _LEFT = RDHUP | ERROR, RDHUP
 #: the way to call splice(2) here
 SPLICE = findSplice()
 
@@ -45,13 +49,14 @@ class _Half:
     :ivar pipe: what is read here goes through this one.
     :ivar count: bytes that were read here and handed to the kernel on the other side.
     :ivar last: no event will tell of what is left to read here: read on until the end.
+    :ivar full: it has not taken all at some time; since then it is told when it takes bytes again.
     :ivar ended: nothing more will be read here.
     :ivar shut: this side was told that nothing more comes.
     :ivar error: the error number with which this side stopped taking bytes; 0 while it takes them.
     """
 
     __slots__ = (
-        "count", "ended", "error", "last", "name", "pair", "peer", "pending", "pipe", "shut", "socket"
+        "count", "ended", "error", "full", "last", "name", "pair", "peer", "pending", "pipe", "shut", "socket"
     )  # fmt: skip
 
     peer: _Half
@@ -64,7 +69,7 @@ class _Half:
         self.pipe: Pipe | None = None
         self.count = 0
         self.error = 0
-        self.last = self.ended = self.shut = False
+        self.last = self.ended = self.shut = self.full = False
 
     # --- what the poller calls
 
@@ -76,7 +81,7 @@ class _Half:
             if events & INPUT and self.pair.open:
                 if events & LAST:
                     self.last = True
-                self.pump()
+                self.pump(events & _END == _LEFT)
                 if events & ERROR and self.pair.open and isDead(self.socket):
                     self.pair.ailing()
         except Exception:
@@ -85,8 +90,12 @@ class _Half:
 
     # --- bytes
 
-    def pump(self) -> None:
-        """Carry what there is to read here to the other side, until one of the two has no more to give or to take."""
+    def pump(self, ending: bool = False) -> None:
+        """
+        Carry what there is to read here to the other side, until one of the two has no more to give or to take.
+
+        :param ending: the last of it is there, and the end: the two go out as one packet.
+        """
         peer = self.peer
         if self.ended or peer.pending or peer.error:
             return
@@ -97,20 +106,26 @@ class _Half:
         buffer, view = relay.buffer, relay.view
         receive, send = self.socket.recv_into, peer.socket.send
         full = 0
+        held = False
         for _ in range(READS):
             try:
                 size = receive(buffer)
             except BlockingIOError:
                 self.last = False
+                if held:
+                    noDelay(peer.socket)
                 return
             except OSError as error:
+                if held:  # before the reset, which would take its place
+                    noDelay(peer.socket)
                 self.pair.broken(self, error.errno or errno.ECONNRESET)
                 return
             if not size:
                 self._readEnded()
                 return
+            held = ending and size < BLOCK and not self.error
             try:
-                sent = send(view[:size])
+                sent = send(view[:size], _MORE) if held else send(view[:size])
             except BlockingIOError:
                 sent = 0
             except OSError as error:
@@ -119,6 +134,7 @@ class _Half:
             self.count += sent
             if sent < size:
                 peer.pending = bytes(view[sent:size])
+                peer.wait()
                 return
             if size == BLOCK:
                 full += 1
@@ -130,7 +146,15 @@ class _Half:
             elif not self.last:
                 # That was all: if more comes there is another event.
                 return
+        if held:
+            noDelay(peer.socket)
         relay.poller.again(self.goOn)
+
+    def wait(self) -> None:
+        """This side takes no more now; it is to be told when it does."""
+        if not self.full:
+            self.full = True
+            self.pair.relay.poller.output(self.socket.fileno())
 
     def goOn(self) -> None:
         """The rest of what could not all be done at once."""
@@ -180,6 +204,7 @@ class _Half:
             try:
                 sent = splice(pipe.readEnd, fd, pipe.held)
             except BlockingIOError:
+                self.peer.wait()
                 return False
             except OSError as error:
                 self.pair.deaf(self.peer, error.errno or errno.EPIPE)
@@ -273,24 +298,32 @@ class _Pair:
 
     def begin(self, early: bytes) -> None:
         client, backend, poller = self.client, self.backend, self.relay.poller
-        newClient = poller.watch(client.socket.fileno(), client.event)
-        newBackend = poller.watch(backend.socket.fileno(), backend.event)
+        clientNumber, backendNumber = client.socket.fileno(), backend.socket.fileno()
+        # Of what was watched before, events may have gone elsewhere. Others tell by themselves what there is.
+        client.last, backend.last = poller.knows(clientNumber), poller.knows(backendNumber)
         if early:
-            try:
-                sent = backend.socket.send(early)
-            except BlockingIOError:
-                sent = 0
-            except OSError as error:
-                self.deaf(backend, error.errno or errno.EPIPE)
-                return
-            client.count = sent
-            backend.pending = early[sent:]
-        # Of what was watched before, events may have gone elsewhere.
-        client.last = not newClient
-        backend.last = not newBackend
-        client.pump()
-        if self.open and not newBackend:
+            self._sendEarly(early)
+        if client.last:
+            client.pump()
+        if backend.last and self.open:
             backend.pump()
+        if self.open:
+            poller.watch(clientNumber, client.event, MASK if client.full else QUIET)
+            poller.watch(backendNumber, backend.event, MASK if backend.full else QUIET)
+
+    def _sendEarly(self, early: bytes) -> None:
+        client, backend = self.client, self.backend
+        try:
+            sent = backend.socket.send(early)
+        except BlockingIOError:
+            sent = 0
+        except OSError as error:
+            self.deaf(backend, error.errno or errno.EPIPE)
+            return
+        client.count = sent
+        if sent < len(early):
+            backend.pending = early[sent:]
+            backend.wait()
 
     def broken(self, half: _Half, number: int) -> None:
         """There is nothing more to read from that side, and it did not end well: reset the other."""

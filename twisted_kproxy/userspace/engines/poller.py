@@ -1,8 +1,9 @@
 """
 Edge-triggered events for raw sockets, in an epoll object of one's own or in that of the reactor.
 
-A socket is registered once, for everything, and stays so until it is closed: what a handler does with an event is up to
-the state that it keeps, and no system call is made to change what is waited for. Events are hints: they may be late,
+A socket is registered once, and stays so until it is closed: what a handler does with an event is up to the state that
+it keeps. That it takes bytes is only waited for once it has not taken some, and from then on for good: nearly every
+socket takes them at once, and saying so would cost each connection two events. Events are hints: they may be late,
 double, or meant for an earlier socket of the same number. So a handler tries, and believes only what the socket says.
 """
 
@@ -19,8 +20,10 @@ from zope.interface import implementer
 
 Handler: TypeAlias = Callable[[int], object]
 
-#: Everything, at each change only.
-MASK = select.EPOLLIN | select.EPOLLOUT | select.EPOLLRDHUP | select.EPOLLET
+#: What there is to read, and ends, at each change only.
+QUIET = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET
+#: The same, and that it takes bytes again.
+MASK = QUIET | select.EPOLLOUT
 #: For as long as there is something to read.
 READABLE = select.EPOLLIN
 #: There is something to read, or there will never be again.
@@ -29,6 +32,7 @@ INPUT = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
 LAST = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
 OUTPUT = select.EPOLLOUT
 ERROR = select.EPOLLERR
+RDHUP = select.EPOLLRDHUP
 #: Events taken at a time.
 _BATCH = 256
 
@@ -59,13 +63,13 @@ class Poller:
             self._epoll = select.epoll()
         self._nest = _Nest(self._epoll, self._handlers)
 
-    def watch(self, fd: int, handler: Handler, mask: int = MASK) -> bool:
+    def watch(self, fd: int, handler: Handler, mask: int = MASK) -> None:
         """
-        From now on events of that descriptor go to this handler.
+        From now on events of that descriptor go to this handler. Where it is new here, an event comes by itself if
+        there is something to tell already.
 
-        :param mask: :data:`READABLE` for descriptors that nobody waits for to take more, or that are not read to the
-            last at each event.
-        :return: whether it is new here: then the first event comes by itself, where there is something to tell.
+        :param mask: of which events, where it is new. :data:`READABLE` for descriptors that nobody waits for to take
+            more, or that are not read to the last at each event.
         """
         known = fd in self._handlers
         self._handlers[fd] = handler
@@ -74,22 +78,32 @@ class Poller:
                 self._nested = True
                 self._reactor.addReader(self._nest)
             self._epoll.register(fd, mask)
-        return not known
+
+    def knows(self, fd: int) -> bool:
+        """Whether somebody has that descriptor watched: events may have gone there."""
+        return fd in self._handlers
+
+    def output(self, fd: int) -> None:
+        """That descriptor has not taken all: from now on also tell when it takes bytes again, or does so already."""
+        if fd in self._handlers:
+            self._epoll.modify(fd, MASK)
 
     def closing(self, fd: int) -> None:
         """That descriptor is about to be closed, and has no copy: the kernel forgets it by itself."""
         self._handlers.pop(fd, None)
-        self._idle()
+        if self._nested:
+            self._idle()
 
     def release(self, fd: int) -> None:
         """That descriptor goes to somebody else."""
         if self._handlers.pop(fd, None) is not None:
             self._epoll.unregister(fd)
-        self._idle()
+            if self._nested:
+                self._idle()
 
     def _idle(self) -> None:
         """A reactor need not wait for events where none can come."""
-        if self._nested and not self._handlers:
+        if not self._handlers:
             self._nested = False
             self._reactor.removeReader(self._nest)
 

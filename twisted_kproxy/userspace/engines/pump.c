@@ -1,6 +1,6 @@
 /*
- * The engine of raw pairs (pairs.py) in C: the same states, the same decisions. Edge-triggered; each socket is registered
- * once, for everything. One pump is used by one thread at a time but for the calls that say otherwise.
+ * The engine of raw pairs (pairs.py) in C: the same states, the same decisions. Edge-triggered; that a socket takes bytes
+ * is waited for once it has not taken some. One pump is used by one thread at a time but for the calls that say otherwise.
  */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
@@ -28,7 +28,7 @@
 #define LEAST (1 << 17)
 #define BATCH 256
 #define SWEEP 15.0
-#define EVENTS (EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET)
+#define QUIET (EPOLLIN | EPOLLRDHUP | EPOLLET)
 #define INPUT (EPOLLIN | EPOLLRDHUP | EPOLLHUP | EPOLLERR)
 #define LAST (EPOLLRDHUP | EPOLLHUP | EPOLLERR)
 
@@ -48,6 +48,7 @@ struct half {
     unsigned char last;          /* no event will tell of what is left to read: read on until the end */
     unsigned char ended;         /* nothing more will be read here */
     unsigned char shut;          /* this side was told that nothing more comes */
+    unsigned char full;          /* it has not taken all at some time; since then it is told when it takes bytes again */
     unsigned char backend;
 };
 
@@ -255,6 +256,21 @@ static void readEnded(pump *p, struct half *half)
 
 /* --- bytes */
 
+static int watch(pump *p, struct half *half, int operation)
+{
+    struct epoll_event event = {.events = QUIET | (half->full ? EPOLLOUT : 0), .data = {.ptr = half}};
+    return epoll_ctl(p->epoll, operation, half->fd, &event);
+}
+
+/* This side takes no more now; it is to be told when it does. */
+static void isFull(pump *p, struct half *half)
+{
+    if (!half->full) {
+        half->full = 1;
+        watch(p, half, EPOLL_CTL_MOD);
+    }
+}
+
 static int drain(pump *p, struct half *half)
 {
     struct half *peer = peerOf(half);
@@ -263,7 +279,9 @@ static int drain(pump *p, struct half *half)
         if (sent < 0) {
             if (errno == EINTR)
                 continue;
-            if (errno != EAGAIN)
+            if (errno == EAGAIN)
+                isFull(p, peer);
+            else
                 deaf(p, peer, errno);
             return 0;
         }
@@ -306,10 +324,18 @@ static void pumpPipe(pump *p, struct half *half)
     goOnLater(p, half->pair);
 }
 
-static void pumpHalf(pump *p, struct half *half)
+/* What waits for more goes out now. */
+static void noDelay(struct half *half)
+{
+    int on = 1;
+    setsockopt(half->fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
+}
+
+/* With MSG_MORE the last of it is there, and the end: the two go out as one packet. */
+static void pumpHalf(pump *p, struct half *half, int more)
 {
     struct half *peer = peerOf(half);
-    int full = 0;
+    int full = 0, held = 0;
     if (half->ended || peer->pending || peer->error)
         return;
     if (half->pipe[0] >= 0) {
@@ -319,19 +345,23 @@ static void pumpHalf(pump *p, struct half *half)
     for (int round = 0; round < READS; round++) {
         ssize_t size = recv(half->fd, p->buffer, BLOCK, 0);
         if (size < 0) {
-            if (errno == EINTR)
+            int number = errno;
+            if (number == EINTR)
                 continue;
-            if (errno == EAGAIN)
+            if (held)            /* no end comes to go with it; before a reset, which would take its place */
+                noDelay(peer);
+            if (number == EAGAIN)
                 half->last = 0;
             else
-                broken(p, half, errno);
+                broken(p, half, number);
             return;
         }
         if (!size) {
             readEnded(p, half);
             return;
         }
-        ssize_t sent = send(peer->fd, p->buffer, size, MSG_NOSIGNAL);
+        held = size < BLOCK && !half->error ? more : 0;
+        ssize_t sent = send(peer->fd, p->buffer, size, MSG_NOSIGNAL | held);
         if (sent < 0) {
             if (errno != EAGAIN && errno != EINTR) {
                 deaf(p, peer, errno);
@@ -349,6 +379,7 @@ static void pumpHalf(pump *p, struct half *half)
             memcpy(peer->pending, p->buffer + sent, size - sent);
             peer->from = 0;
             peer->to = size - sent;
+            isFull(p, peer);
             return;
         }
         if (size == BLOCK) {
@@ -360,6 +391,8 @@ static void pumpHalf(pump *p, struct half *half)
             return;
         }
     }
+    if (held)
+        noDelay(peer);
     goOnLater(p, half->pair);
 }
 
@@ -388,7 +421,7 @@ static void flush(pump *p, struct half *half)
             return;
         }
     }
-    pumpHalf(p, peer);
+    pumpHalf(p, peer, 0);
 }
 
 static int isDead(int fd)
@@ -405,7 +438,7 @@ static void handle(pump *p, struct half *half, uint32_t events)
     if (pair->open && events & INPUT) {
         if (events & LAST)
             half->last = 1;
-        pumpHalf(p, half);
+        pumpHalf(p, half, (events & (EPOLLRDHUP | EPOLLERR)) == EPOLLRDHUP ? MSG_MORE : 0);
         if (pair->open && events & EPOLLERR && isDead(half->fd)) {
             pair->failing = 1;
             oneSided(pair);
@@ -525,16 +558,15 @@ int pump_add(pump *p, uint64_t id, int client, int backend, const char *early, s
             if (to->pending) {
                 memcpy(to->pending, early + sent, length - sent);
                 to->to = length - sent;
+                to->full = 1;
             } else {
                 closePair(p, pair, ABORTED);
             }
         }
     }
-    for (int i = 0; pair->open && i < 2; i++) {
-        struct epoll_event event = {.events = EVENTS, .data = {.ptr = &pair->half[i]}};
-        if (epoll_ctl(p->epoll, EPOLL_CTL_ADD, fds[i], &event) < 0)
+    for (int i = 0; pair->open && i < 2; i++)
+        if (watch(p, &pair->half[i], EPOLL_CTL_ADD) < 0)
             closePair(p, pair, ABORTED);
-    }
     int over = !pair->open;      /* it is freed with the next batch */
     pthread_mutex_unlock(&p->lock);
     return over;
@@ -565,7 +597,7 @@ int pump_run(pump *p, int timeout)
         again = pair->again;
         pair->queued = 0;
         for (int i = 0; i < 2 && pair->open; i++)
-            pumpHalf(p, &pair->half[i]);
+            pumpHalf(p, &pair->half[i], 0);
     }
     bury(p);
     int more = p->again != NULL;
