@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.fakes.network import sweep
-from twisted_kproxy.configmodel import ENGINES
+from twisted_kproxy.config.model import ENGINES
 
 from . import plots
 from .contestants import KPROXIES, MANIES, PEERS, BenchRig, Contestant, make
