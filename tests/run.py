@@ -18,6 +18,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 from typing import IO, Any, NamedTuple
 
 from twisted.trial.reporter import TreeReporter
@@ -26,8 +27,8 @@ from twisted.trial.runner import TestLoader, TrialRunner
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
 ORDER = ("unit", "integration", "packaging")
-#: into how many processes a layer is divided
-PARTS = {"unit": 2, "integration": 2}
+#: how many processes run at a time
+AT_ONCE = 2
 CHECKS = (("ruff", "check", "."), ("mypy",), ("lint-imports",))
 
 
@@ -85,19 +86,23 @@ class Timed(TreeReporter):
             self._writeln(f"{seconds:7.1f} s  {name}")
 
 
-def modules(layer: str, part: int) -> list[str]:
-    """The modules of one part of a layer; parts are about as long as each other, by the length of their texts."""
+def parts(layer: str) -> list[list[str]]:
+    """
+    The modules of a layer, as they are put together in processes. Those of integration wait more than they compute:
+    each has its own, the longest first. Packaging builds one thing for all.
+    """
     sizes = sorted(((it.stat().st_size, it.stem) for it in TESTS.joinpath(layer).glob("test_*.py")), reverse=True)
-    loads: list[tuple[int, list[str]]] = [(0, []) for _ in range(PARTS.get(layer, 1))]
+    count = {"unit": AT_ONCE, "integration": len(sizes)}.get(layer, 1)
+    loads: list[tuple[int, list[str]]] = [(0, []) for _ in range(count)]
     for size, name in sizes:
-        index = min(range(len(loads)), key=lambda it: loads[it][0])
+        index = min(range(count), key=lambda it: loads[it][0])
         loads[index] = (loads[index][0] + size, [*loads[index][1], f"tests.{layer}.{name}"])
-    return sorted(loads[part][1])
+    return [sorted(names) for _, names in loads]
 
 
 def runHere(layer: str, part: int, file: str) -> int:
     """Run one part of a layer in this process, and write its counts to a file once it is through."""
-    suite = TestLoader().loadByNames(modules(layer, part))
+    suite = TestLoader().loadByNames(parts(layer)[part])
     runner = TrialRunner(Timed, workingDirectory=f"_trial_temp_{layer}_{part}")
     result = runner.run(suite)
     Path(file).write_text(json.dumps(counted(result)))
@@ -122,9 +127,7 @@ def runIn(command: list[str], seconds: float, output: IO[bytes] | None = None) -
         _end(process)
         return f"took longer than the {seconds:.0f} s that were left"
     except BaseException:
-        # Those of other threads as well: nobody else would.
-        for it in list(_running):
-            _end(it)
+        _end(process)
         raise
     finally:
         _running.discard(process)
@@ -146,24 +149,28 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 def runLayer(layer: str, seconds: float) -> tuple[Counts, str]:
     """Run one layer, each part in a process of its own. Counts, and what else there is to say."""
-    with tempfile.TemporaryDirectory(prefix="kproxy-tests-") as folder, ThreadPoolExecutor() as pool:
-        first, *others = range(PARTS.get(layer, 1))
+    end = time.monotonic() + seconds
+    printing = Lock()
 
-        def run(part: int, output: IO[bytes] | None) -> tuple[Counts, str]:
-            file = Path(folder, f"counts{part}.json")
-            command = [sys.executable, "-u", "-m", "tests.run", "--here", str(file), "--part", str(part), layer]
-            return collect(command, file, seconds, output)
-
-        outputs = [tempfile.TemporaryFile(dir=folder) for _ in others]  # noqa: SIM115
-        running = [pool.submit(run, part, output) for part, output in zip(others, outputs, strict=True)]
-        try:
-            results = [run(first, None), *(it.result() for it in running)]
-        finally:
-            for output in outputs:
-                output.seek(0)
+    def run(part: int) -> tuple[Counts, str]:
+        file = Path(folder, f"counts{part}.json")
+        command = [sys.executable, "-u", "-m", "tests.run", "--here", str(file), "--part", str(part), layer]
+        with tempfile.TemporaryFile(dir=folder) as output:
+            result = collect(command, file, end - time.monotonic(), output)
+            output.seek(0)
+            with printing:
                 sys.stdout.buffer.write(output.read())
                 sys.stdout.flush()
-                output.close()
+        return result
+
+    with tempfile.TemporaryDirectory(prefix="kproxy-tests-") as folder, ThreadPoolExecutor(AT_ONCE) as pool:
+        try:
+            results = list(pool.map(run, range(len(parts(layer)))))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for it in list(_running):
+                _end(it)
+            raise
     total = Counts()
     for counts, _ in results:
         total = total.plus(counts)
