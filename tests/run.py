@@ -1,6 +1,6 @@
 """
-Runs the tests layer by layer, each in a process of its own, by trial; counts what trial says. Tests that wait for
-daemons and kernels more than they compute run in two processes at a time.
+Runs the tests layer by layer, in processes of their own, two at a time, by trial; counts what trial says. What a
+process says is printed when it is through.
 
 ``python -m tests.run [LAYER ...]``; without layers all of them: every folder of :file:`tests/` with ``test_*.py`` in
 it. ``--lint`` runs the static checks first.
