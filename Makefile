@@ -14,7 +14,7 @@ help:
 	@echo "make test         every test: unit, integration, packaging; about 12 minutes"
 	@echo "make unit         the quick ones"
 	@echo "make lint         ruff, mypy, import contracts"
-	@echo "make bench        the data plane beside HAProxy and nginx; root; 12 minutes. QUICK=1: two. WHAT=...: see docs"
+	@echo "make bench        the data plane beside HAProxy and nginx; root; 9 minutes, QUICK=1: 2. WHAT=..."
 	@echo "make venv         only build .venv; PYTHON=... chooses the interpreter"
 	@echo "make clean        remove what was built"
 
