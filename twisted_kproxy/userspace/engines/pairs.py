@@ -14,14 +14,15 @@ import socket
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from twisted.internet.defer import Deferred, succeed
+from twisted.internet.defer import Deferred
 from zope.interface import implementer
 
 from ...core.values import Outcome
 from ...interfaces import IRelay
-from ..sockets import VANISHED, isDead, keepAlive, noDelay, pendingError, resetClose
+from ..sockets import isDead, noDelay, resetClose
 from .poller import ERROR, INPUT, LAST, MASK, OUTPUT, QUIET, RDHUP, Poller
 from .splice import CHUNK, Pipe, Pipes, Splice, findSplice
+from .standing import Relayed, Relays
 
 #: The most that is read, and held, at a time.
 BLOCK = 65536
@@ -31,7 +32,6 @@ READS = 8
 FULL = 2
 #: Bytes per event through a pipe.
 PIPED = 4 << 20
-_SWEEP = 15.0
 # The kernel keeps such bytes for up to 200 ms, for more to go with them: the end, here.
 _MORE = int(socket.MSG_MORE)
 # That side has ended, and has not failed.
@@ -118,7 +118,7 @@ class _Half:
             except OSError as error:
                 if held:  # before the reset, which would take its place
                     noDelay(peer.socket)
-                self.pair.broken(self, error.errno or errno.ECONNRESET)
+                self.pair.broken(self.name, error.errno or errno.ECONNRESET)
                 return
             if not size:
                 self._readEnded()
@@ -185,7 +185,7 @@ class _Half:
                     relay.splicing = False
                     relay.poller.again(self.goOn)
                 else:
-                    self.pair.broken(self, error.errno or errno.ECONNRESET)
+                    self.pair.broken(self.name, error.errno or errno.ECONNRESET)
                 return
             if not size:
                 self._leavePipe()
@@ -248,7 +248,7 @@ class _Half:
         self.pair.oneSided()
         if self.error:
             # It has said all that it had, and takes nothing: what is held for the other side may still go out.
-            self.pair.broken(self, self.error)
+            self.pair.broken(self.name, self.error)
             return
         if self.shut:
             # The other side has ended before, and this was told so: that is all.
@@ -269,32 +269,28 @@ class _Half:
             self.pair.close("done")
 
 
-class _Pair:
-    """
-    One relayed connection.
+class _Pair(Relayed):
+    """One relayed connection."""
 
-    :ivar lastMoved: of a connection of which one direction has ended, or one side has failed: when that was, or when
-        bytes were last seen to have moved since; negative before.
-    :ivar moved: bytes that had moved then.
-    :ivar failing: one side has failed, with bytes left that the other has not taken.
-    :ivar lasting: it is more than short: the backend has keepalive.
-    """
+    __slots__ = ("backend", "client", "relay")
 
-    __slots__ = ("backend", "client", "ended", "failing", "lastMoved", "lasting", "moved", "open", "relay")
+    relay: PairRelay
 
     def __init__(
         self, relay: PairRelay, client: socket.socket, backend: socket.socket, ended: Callable[[Outcome], None]
     ) -> None:
+        super().__init__(ended)
         self.relay = relay
-        self.ended = ended
         self.client = _Half(self, client, "client")
         self.backend = _Half(self, backend, "backend")
         self.client.peer = self.backend
         self.backend.peer = self.client
-        self.lastMoved = -1.0
-        self.moved = 0
-        self.open = True
-        self.failing = self.lasting = False
+
+    def ends(self) -> tuple[_Half, _Half]:
+        return self.client, self.backend
+
+    def carried(self) -> int:
+        return self.client.count + self.backend.count
 
     def begin(self, early: bytes) -> None:
         client, backend, poller = self.client, self.backend, self.relay.poller
@@ -325,10 +321,6 @@ class _Pair:
             backend.pending = early[sent:]
             backend.wait()
 
-    def broken(self, half: _Half, number: int) -> None:
-        """There is nothing more to read from that side, and it did not end well: reset the other."""
-        self.close(f"{half.name}-{'timeout' if number in VANISHED else 'reset'}")
-
     def deaf(self, half: _Half, number: int) -> None:
         """
         That side takes nothing any more (it has reset, most likely). What it had said before waits in the kernel
@@ -343,51 +335,14 @@ class _Pair:
         self.oneSided()
         if half.peer.error:
             # Nobody is left to listen to either of them.
-            self.broken(half.peer, half.peer.error)
+            self.broken(half.peer.name, half.peer.error)
         elif half.ended:
-            self.broken(half, number)
+            self.broken(half.name, number)
         else:
             # What it had said may have been told of while this side could not listen.
             self.relay.poller.again(half.goOn)
 
-    def ailing(self) -> None:
-        """A side has failed; if that is not the end yet, it is soon."""
-        if not self.failing:
-            self.failing = True
-            self.oneSided()
-
-    def oneSided(self) -> None:
-        """One direction has ended: from now on it matters whether the other one moves."""
-        if self.lastMoved < 0:
-            self.lastMoved = self.relay.reactor.seconds()
-
-    def expired(self, now: float) -> bool:
-        """Whether one direction has ended and the other has not moved for too long."""
-        if self.lastMoved < 0:
-            return False
-        moved = self.client.count + self.backend.count
-        if moved != self.moved:
-            self.moved = moved
-            self.lastMoved = now
-        limit = min(_SWEEP, self.relay.halfClosedSeconds) if self.failing else self.relay.halfClosedSeconds
-        return now - self.lastMoved >= limit
-
-    def abort(self) -> None:
-        """Reset both sides."""
-        self.close("aborted")
-
-    def expire(self) -> None:
-        """One side has ended long ago and the other never did; or one has failed and the other takes nothing."""
-        if self.failing:
-            for half in (self.client, self.backend):
-                number = half.error or pendingError(half.socket)
-                if number:
-                    self.broken(half, number)
-                    return
-        self.close(f"{(self.backend if self.client.ended else self.client).name}-timeout")
-
     def close(self, reason: str) -> None:
-        """Close both sockets and tell the outcome; whatever is not ``done`` ends in resets."""
         if not self.open:
             return
         self.open = False
@@ -408,15 +363,13 @@ class _Pair:
 
 
 @implementer(IRelay)
-class PairRelay:
+class PairRelay(Relays):
     """
     Relays between pairs of raw sockets. Works with every reactor that watches descriptors.
 
     :param reactor: provides IReactorFDSet and IReactorTime.
     :param poller: what watches the sockets; one of its own by default.
-    :param halfClosedSeconds: how long the connection may stand still once one side has ended; then both are reset
-        (the kernel's conntrack gives CLOSE_WAIT an hour in kube-proxy's set-up). There is no other idle time-out:
-        keepalive finds the dead.
+    :param halfClosedSeconds: see :class:`.standing.Relays`.
     :param splice: how to call splice(2); ``None`` to copy everything.
     """
 
@@ -429,53 +382,27 @@ class PairRelay:
         halfClosedSeconds: float = 3600.0,
         splice: Splice | None = SPLICE,
     ) -> None:
-        self.reactor = reactor
+        super().__init__(reactor, halfClosedSeconds)
         self.poller = poller or Poller(reactor)
-        self.halfClosedSeconds = halfClosedSeconds
         self.splice = splice
         self.splicing = splice is not None
         self.pipes = Pipes()
         # All connections read into the same memory: what is not sent on at once is copied out.
         self.buffer = bytearray(BLOCK)
         self.view = memoryview(self.buffer)
-        self._pairs: set[_Pair] = set()
-        self._timer: Any = None
 
     def relay(
         self, client: socket.socket, backend: socket.socket, early: bytes, ended: Callable[[Outcome], None]
     ) -> Callable[[], None]:
         pair = _Pair(self, client, backend, ended)
-        self._pairs.add(pair)
-        if self._timer is None:
-            self._timer = self.reactor.callLater(_SWEEP, self._sweep)
+        self._begun(pair)
         pair.begin(early)
         return pair.abort
 
     def stop(self) -> Deferred[None]:
-        for pair in list(self._pairs):
-            if pair.open:
-                pair.abort()
+        stopped = super().stop()
         self.pipes.close()
-        return succeed(None)
+        return stopped
 
     def status(self) -> Mapping[str, Any]:
         return {"engine": self.name, "active": len(self._pairs), "pipes": self.pipes.made}
-
-    def _ended(self, pair: _Pair) -> None:
-        self._pairs.discard(pair)
-        if not self._pairs and self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
-    def _sweep(self) -> None:
-        self._timer = self.reactor.callLater(_SWEEP, self._sweep)
-        now = self.reactor.seconds()
-        for pair in list(self._pairs):
-            # A callback of one may have cut another.
-            if not pair.open:
-                continue
-            if not pair.lasting:
-                pair.lasting = True
-                keepAlive(pair.backend.socket)
-            if pair.expired(now):
-                pair.expire()

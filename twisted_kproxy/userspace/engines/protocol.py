@@ -12,7 +12,6 @@ import socket
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeAlias
 
-from twisted.internet.defer import Deferred, succeed
 from twisted.internet.interfaces import IHalfCloseableProtocol
 from twisted.internet.protocol import Protocol
 from twisted.logger import Logger
@@ -21,11 +20,10 @@ from zope.interface import implementer
 
 from ...core.values import Outcome
 from ...interfaces import IRelay
-from ..sockets import VANISHED, isDead, keepAlive, pendingError
+from ..sockets import isDead
 from .poller import Poller
+from .standing import Relayed, Relays
 from .transport import Broken, EagerTransport
-
-_SWEEP = 15.0
 
 #: ``sent``: from the client to the backend; ``received``: the other way. The words of
 #: :class:`~twisted_kproxy.core.values.Outcome`.
@@ -74,7 +72,7 @@ class Side(Protocol):
         error = self.transport.error
         if error:
             # It has said all that it had, and takes nothing: that is no good end.
-            self.pair.broken(self, error)
+            self.pair.broken(self.name, error)
             return
         self.peer.transport.unregisterProducer()  # type: ignore[no-untyped-call]
         self.peer.transport.loseWriteConnection()
@@ -92,42 +90,38 @@ class Side(Protocol):
         self.pair.ailing()
         if self.peer.transport.error:
             # Nobody is left to listen to either of them.
-            self.pair.broken(self.peer, self.peer.transport.error)
+            self.pair.broken(self.peer.name, self.peer.transport.error)
         elif self.transport.ended:
-            self.pair.broken(self, error)
+            self.pair.broken(self.name, error)
 
     def connectionLost(self, reason: Failure) -> None:  # type: ignore[override]
         if isinstance(reason.value, Broken):
-            self.pair.broken(self, reason.value.number)
+            self.pair.broken(self.name, reason.value.number)
         else:
             self.pair.abort()  # somebody's mistake; the reactor has logged it
 
 
-class _Pair:
-    """
-    One relayed connection.
+class _Pair(Relayed):
+    """One relayed connection."""
 
-    :ivar lastMoved: of a connection of which one direction has ended, or one side has failed: when that was, or when
-        bytes were last seen to have moved since; negative before.
-    :ivar moved: bytes that had moved then.
-    :ivar failing: one side has failed, and what it said before is still on its way.
-    :ivar lasting: it is more than short: the backend has keepalive.
-    """
+    __slots__ = ("backend", "client", "relay", "tap")
 
-    __slots__ = ("backend", "client", "ended", "failing", "lastMoved", "lasting", "moved", "open", "relay", "tap")
+    relay: ProtocolRelay
 
     def __init__(self, relay: ProtocolRelay, ended: Callable[[Outcome], None]) -> None:
+        super().__init__(ended)
         self.relay = relay
-        self.ended = ended
         self.client = Side(self, "client", "sent")
         self.backend = Side(self, "backend", "received")
         self.client.peer = self.backend
         self.backend.peer = self.client
         self.tap: Tap | None = None
-        self.lastMoved = -1.0
-        self.moved = 0
-        self.open = True
-        self.failing = self.lasting = False
+
+    def ends(self) -> tuple[EagerTransport, EagerTransport]:
+        return self.client.transport, self.backend.transport
+
+    def carried(self) -> int:
+        return self.client.transport.sent + self.backend.transport.sent
 
     def begin(self, client: socket.socket, backend: socket.socket, early: bytes) -> None:
         relay = self.relay
@@ -151,54 +145,13 @@ class _Pair:
         front = len(self.tap.front) if self.tap is not None else 0
         return Outcome(reason, max(0, self.backend.transport.sent - front), self.client.transport.sent)
 
-    def broken(self, side: Side, number: int) -> None:
-        """There is nothing more to read from that side, and it did not end well: reset the other."""
-        self.close(f"{side.name}-{'timeout' if number in VANISHED else 'reset'}")
-
-    def ailing(self) -> None:
-        """A side has failed; if that is not the end yet, it is soon."""
-        self.failing = True
-        self.oneSided()
-
-    def oneSided(self) -> None:
-        """One direction has ended: from now on it matters whether the other one moves."""
-        if self.lastMoved < 0:
-            self.lastMoved = self.relay.reactor.seconds()
-
     def sweep(self, now: float) -> None:
-        """From time to time: is it still alive, and does it still move?"""
-        if not self.lasting:
-            self.lasting = True
-            keepAlive(self.backend.transport.socket)
-        for side in (self.client, self.backend):
-            if not self.failing and not side.transport.watched and isDead(side.transport.socket):
+        for end in self.ends():
+            if not self.failing and not end.watched and isDead(end.socket):
                 self.ailing()
-        if self.lastMoved < 0:
-            return
-        moved = self.client.transport.sent + self.backend.transport.sent
-        if moved != self.moved:
-            self.moved = moved
-            self.lastMoved = now
-        limit = min(_SWEEP, self.relay.halfClosedSeconds) if self.failing else self.relay.halfClosedSeconds
-        if now - self.lastMoved >= limit:
-            self.expire()
-
-    def expire(self) -> None:
-        """One side has ended long ago and the other never did; or one has failed and the other takes nothing."""
-        if self.failing:
-            for side in (self.client, self.backend):
-                number = side.transport.error or pendingError(side.transport.socket)
-                if number:
-                    self.broken(side, number)
-                    return
-        self.close(f"{(self.backend if self.client.transport.ended else self.client).name}-timeout")
-
-    def abort(self) -> None:
-        """Reset both sides."""
-        self.close("aborted")
+        super().sweep(now)
 
     def close(self, reason: str) -> None:
-        """Close both sockets and tell the outcome; whatever is not ``done`` ends in resets."""
         if not self.open:
             return
         self.open = False
@@ -212,13 +165,13 @@ class _Pair:
 
 
 @implementer(IRelay)
-class ProtocolRelay:
+class ProtocolRelay(Relays):
     """
     Relays between pairs of protocols. Works with every reactor that watches descriptors.
 
     :param reactor: provides IReactorFDSet and IReactorTime.
     :param poller: what has watched the sockets before.
-    :param halfClosedSeconds: see :class:`.pairs.PairRelay`.
+    :param halfClosedSeconds: see :class:`.standing.Relays`.
     :param tap: gives what sees the bytes of a connection, from its client's and its backend's socket; ``None``, or one
         that gives ``None``, where nobody does.
     """
@@ -234,12 +187,9 @@ class ProtocolRelay:
         *,
         tap: Callable[[socket.socket, socket.socket], Tap | None] | None = None,
     ) -> None:
-        self.reactor = reactor
-        self.halfClosedSeconds = halfClosedSeconds
+        super().__init__(reactor, halfClosedSeconds)
         self.tap = tap
         self._poller = poller
-        self._pairs: set[_Pair] = set()
-        self._timer: Any = None
 
     def relay(
         self, client: socket.socket, backend: socket.socket, early: bytes, ended: Callable[[Outcome], None]
@@ -247,9 +197,7 @@ class ProtocolRelay:
         self._poller.release(client.fileno())
         self._poller.release(backend.fileno())
         pair = _Pair(self, ended)
-        self._pairs.add(pair)
-        if self._timer is None:
-            self._timer = self.reactor.callLater(_SWEEP, self._sweep)
+        self._begun(pair)
         try:
             pair.begin(client, backend, early)
         except Exception:
@@ -257,24 +205,5 @@ class ProtocolRelay:
             pair.abort()
         return pair.abort
 
-    def stop(self) -> Deferred[None]:
-        for pair in list(self._pairs):
-            pair.abort()
-        return succeed(None)
-
     def status(self) -> Mapping[str, Any]:
         return {"engine": self.name, "active": len(self._pairs)}
-
-    def _ended(self, pair: _Pair) -> None:
-        self._pairs.discard(pair)
-        if not self._pairs and self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
-    def _sweep(self) -> None:
-        self._timer = self.reactor.callLater(_SWEEP, self._sweep)
-        now = self.reactor.seconds()
-        for pair in list(self._pairs):
-            # A callback of one may have cut another.
-            if pair.open:
-                pair.sweep(now)
