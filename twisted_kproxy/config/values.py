@@ -14,6 +14,8 @@ from urllib.parse import urlsplit
 
 from msgspec import Struct
 
+from ..core.values import hostPort
+
 LONGEST = 86400.0
 LONGEST_TIMEOUT = 8760 * 3600
 LARGEST_COUNT = 2**31 - 1
@@ -33,7 +35,7 @@ class HostPort(Struct, frozen=True):
     port: int
 
     def __str__(self) -> str:
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+        return hostPort(self.host, self.port)
 
 
 class Value(Struct, frozen=True):

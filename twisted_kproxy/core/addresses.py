@@ -104,10 +104,14 @@ def joined(networks: Iterable[str]) -> tuple[str, ...]:
     Canonical networks in the one form in which equal sets of addresses are equal: overlapping and adjacent ones
     joined, IPv4 first, sorted.
     """
+    return collapsed(ip_network(text) for text in networks)
+
+
+def collapsed(networks: Iterable[IPv4Network | IPv6Network]) -> tuple[str, ...]:
+    """As :func:`joined`, of networks that were read before."""
     four: list[IPv4Network] = []
     six: list[IPv6Network] = []
-    for text in networks:
-        it = ip_network(text)
+    for it in networks:
         if isinstance(it, IPv4Network):
             four.append(it)
         else:

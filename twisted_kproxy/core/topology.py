@@ -12,7 +12,7 @@ from typing import Literal, TypeAlias
 
 from msgspec import Struct
 
-from .values import Endpoint
+from .values import Endpoint, hostPort
 
 StageName: TypeAlias = Literal["ready", "terminating", "local", "node hints", "zone hints"]
 
@@ -59,7 +59,7 @@ class Candidate(Struct, frozen=True):
 
     @property
     def key(self) -> str:
-        return f"[{self.address}]:{self.port}" if ":" in self.address else f"{self.address}:{self.port}"
+        return hostPort(self.address, self.port)
 
 
 class Stage(Struct, frozen=True):

@@ -26,6 +26,11 @@ EVERYWHERE: tuple[str, ...] = ("0.0.0.0/0", "::/0")
 MOST_LAYERED = 512
 
 
+def hostPort(host: str, port: int) -> str:
+    """``host:port``, with brackets around an IPv6 address, as in a URL (RFC 3986, 3.2.2)."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 class ServicePortName(Struct, frozen=True, order=True, gc=False):
     """The identity of everything downstream of the API objects."""
 
@@ -65,7 +70,7 @@ class Endpoint(Struct, frozen=True, order=True, gc=False):
     isSocket: bool = False
 
     def __str__(self) -> str:
-        return f"[{self.address}]:{self.port}" if ":" in self.address else f"{self.address}:{self.port}"
+        return hostPort(self.address, self.port)
 
 
 class Frontend(Struct, frozen=True, order=True, gc=False):
@@ -100,8 +105,7 @@ class FrontendKey(Struct, frozen=True, order=True, gc=False):
     port: int
 
     def __str__(self) -> str:
-        host = (f"[{self.address}]" if ":" in self.address else self.address) or "node"
-        return f"{host}:{self.port}/{self.protocol}"
+        return f"{hostPort(self.address or 'node', self.port)}/{self.protocol}"
 
 
 class ServicePort(Struct, frozen=True, gc=False):

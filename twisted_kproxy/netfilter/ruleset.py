@@ -9,6 +9,7 @@ from typing import TypeAlias
 
 from msgspec import Struct
 
+from ..core.addresses import collapsed
 from ..core.rules import Guard, Rule, Target, Verdict
 from ..core.values import Family, FrontendKey, PoolKind, ServicePort, ServicePortName
 from ..interfaces import KproxyError
@@ -89,18 +90,7 @@ def canonicalNetworks(networks: Iterable[str]) -> tuple[str, ...]:
 
     :raise ValueError: naming what is no network.
     """
-    four: list[ipaddress.IPv4Network] = []
-    six: list[ipaddress.IPv6Network] = []
-    for text in networks:
-        network = ipaddress.ip_network(text.strip(), strict=False)
-        if isinstance(network, ipaddress.IPv4Network):
-            four.append(network)
-        else:
-            six.append(network)
-    return (
-        *(str(it) for it in ipaddress.collapse_addresses(four)),
-        *(str(it) for it in ipaddress.collapse_addresses(six)),
-    )
+    return collapsed(ipaddress.ip_network(text.strip(), strict=False) for text in networks)
 
 
 def verdict(port: ServicePort, kind: PoolKind) -> Verdict:

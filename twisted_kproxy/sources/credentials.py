@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 import msgspec
 from msgspec import Struct
 
+from ..core.values import hostPort
 from ..interfaces import NotAvailable
 from ..redaction import hide
 
@@ -121,7 +122,7 @@ class Proxy(Struct, frozen=True):
     def __str__(self) -> str:
         """Its URL, with ``***`` for whoever we are there."""
         who = "***@" if self.user or self.password else ""
-        return f"{self.scheme}://{who}{netloc(self.host, self.port)}"
+        return f"{self.scheme}://{who}{hostPort(self.host, self.port)}"
 
     def __repr__(self) -> str:
         return f"<Proxy {self}>"
@@ -202,11 +203,6 @@ def timeOfDay() -> float:
     compared with such words at the moment they are read; everything else goes by the monotonic clock.
     """
     return time.time()
-
-
-def netloc(host: str, port: int) -> str:
-    """``host:port`` as in a URL."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def checkedServer(server: str, origin: str) -> str:

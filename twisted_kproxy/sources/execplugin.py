@@ -21,10 +21,11 @@ from msgspec import Meta, Struct
 from twisted.internet.defer import Deferred, succeed
 from twisted.logger import Logger
 
+from ..core.values import hostPort
 from ..interfaces import NotAvailable
 from ..redaction import MASK, hide
 from .certificates import keyPair, moment
-from .credentials import ApiAccess, Exec, Identity, Proxy, asToken, netloc, timeOfDay
+from .credentials import ApiAccess, Exec, Identity, Proxy, asToken, timeOfDay
 from .errors import NoCredentials, short
 from .execrun import Run
 
@@ -316,7 +317,7 @@ def execInfo(access: ApiAccess, spec: Exec) -> str:
 
 def _url(proxy: Proxy) -> str:
     who = f"{quote(proxy.user, safe='')}:{quote(proxy.password, safe='')}@" if proxy.user or proxy.password else ""
-    return f"{proxy.scheme}://{who}{netloc(proxy.host, proxy.port)}"
+    return f"{proxy.scheme}://{who}{hostPort(proxy.host, proxy.port)}"
 
 
 def _shownVersion(version: str) -> str:

@@ -19,8 +19,9 @@ from twisted.python.failure import Failure
 from zope.interface import directlyProvides, implementer, providedBy
 
 from .. import __version__
+from ..core.values import hostPort
 from ..interfaces import KproxyError
-from .credentials import Proxy, netloc
+from .credentials import Proxy
 from .errors import Unreachable, short, why
 
 #: Seconds that a proxy may take to answer once it is connected; it connects to the server meanwhile.
@@ -64,7 +65,7 @@ class Connect:
 
     def __init__(self, proxy: Proxy, host: str, port: int) -> None:
         self._proxy = proxy
-        self._target = netloc(host, port)
+        self._target = hostPort(host, port)
         self._data = b""
         self.rest = b""
 
@@ -180,7 +181,7 @@ class Socks5:
             raise ProxyRefused("its answer is not SOCKS 5")
         if len(self._data) >= 2 and self._data[1] != 0:
             said = _SOCKS_REPLIES.get(self._data[1], f"it gives the code {self._data[1]}")
-            raise ProxyRefused(f"it does not connect to {netloc(self._host, self._port)}: {said}")
+            raise ProxyRefused(f"it does not connect to {hostPort(self._host, self._port)}: {said}")
         if len(self._data) < 5:
             return b""
         sizes = {1: 4, 3: 1 + self._data[4], 4: 16}

@@ -19,7 +19,7 @@ from twisted.internet.threads import deferToThreadPool
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from ..core.values import Endpoint, Outcome, PoolName
+from ..core.values import Endpoint, Outcome, PoolName, hostPort
 
 #: Seconds between two writes.
 PERIOD = 0.5
@@ -49,11 +49,6 @@ def originalDestination(sock: socket.socket) -> str:
     except OSError:
         return "-"
     return hostPort(address, number)
-
-
-def hostPort(address: str, port: int) -> str:
-    """``address:port``, brackets around an IPv6 address."""
-    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
 
 
 class AccessLog:

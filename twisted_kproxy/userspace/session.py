@@ -6,9 +6,9 @@ import socket
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ..core.values import Endpoint, Outcome
+from ..core.values import Endpoint, Outcome, hostPort
 from ..interfaces import NoEndpoint
-from .accesslog import AccessLog, hostPort, originalDestination
+from .accesslog import AccessLog, originalDestination
 from .dial import Dial, reasonOf
 from .engines.poller import INPUT
 from .sockets import EXHAUSTED, resetClose

@@ -26,7 +26,7 @@ import iptc.ip4tc
 import iptc.xtables
 
 from ...core.rules import PROXY_MARK, Target
-from ...core.values import Family
+from ...core.values import Family, hostPort
 from .layout import CHAINS, HOOKS, JUMPS, LATER, PREFIX, Jump, TableName
 from .packed import REJECT, RESET, Entry, UnknownBytes, normalised, pack
 
@@ -176,8 +176,8 @@ def ruleOf(entry: Entry, table: Any) -> Any:
     if entry.unmarked:
         rule.create_match("mark").set_parameter("mark", f"!{PROXY_MARK:#x}/{PROXY_MARK:#x}")
     if isinstance(entry.target, Target):
-        host = f"[{entry.target.address}]" if entry.family == "IPv6" else entry.target.address
-        rule.create_target("DNAT").set_parameter("to-destination", f"{host}:{entry.target.port}")
+        there = hostPort(entry.target.address, entry.target.port)
+        rule.create_target("DNAT").set_parameter("to-destination", there)
     elif entry.target in (REJECT, RESET):
         port = "icmp-port-unreachable" if entry.family == "IPv4" else "icmp6-port-unreachable"
         reason = "tcp-reset" if entry.target == RESET else port

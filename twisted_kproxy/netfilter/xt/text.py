@@ -13,7 +13,7 @@ from typing import Any
 from msgspec import Struct
 
 from ...core.rules import PROXY_MARK, Target
-from ...core.values import Family, Protocol
+from ...core.values import Family, Protocol, hostPort
 from .layout import CHAINS, LATER, PREFIX, TABLES, Content, TableName
 from .packed import REJECT, RESET, Entry, UnknownBytes, pack
 
@@ -48,8 +48,7 @@ def textOf(entry: Entry) -> str:
         words.append(_MARK)
     target = entry.target
     if isinstance(target, Target):
-        host = f"[{target.address}]" if entry.family == "IPv6" else target.address
-        words.append(f"-j DNAT --to-destination {host}:{target.port}")
+        words.append(f"-j DNAT --to-destination {hostPort(target.address, target.port)}")
     elif target in (REJECT, RESET):
         words.append(f"-j REJECT --reject-with {'tcp-reset' if target == RESET else _PORTS[entry.family]}")
     else:
