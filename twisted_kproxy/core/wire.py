@@ -7,7 +7,10 @@ API may leave out or send as ``null`` has a default here, and its meaning is dec
 from __future__ import annotations
 
 import re
-from typing import Any
+import sys
+from collections.abc import Callable
+from threading import Lock
+from typing import Any, TypeVar
 
 import msgspec
 from msgspec import Raw, Struct
@@ -24,6 +27,8 @@ CLUSTER_WIDE: tuple[Kind, ...] = ("Node", "ServiceCIDR")
 SERVICE_TYPES = ("ClusterIP", "NodePort", "LoadBalancer", "ExternalName")
 PROTOCOLS = ("TCP", "UDP", "SCTP")
 CHANGE_TRIGGER_ANNOTATION = "endpoints.kubernetes.io/last-change-trigger-time"
+#: How deeply values may be nested; where Kubernetes' own reader of JSON stops, too.
+MAX_DEPTH = 10_000
 #: a DNS subdomain (RFC 1123), as the names of all these kinds are; namespaces are even narrower
 _NAME = re.compile(r"[a-z0-9](?:[-a-z0-9.]{0,251}[a-z0-9])?\Z")
 
@@ -251,12 +256,43 @@ TYPES: dict[Kind, type[Any]] = {
     "Node": Node,
     "ServiceCIDR": ServiceCIDR,
 }
-DECODERS: dict[Kind, msgspec.json.Decoder[Any]] = {kind: msgspec.json.Decoder(it) for kind, it in TYPES.items()}
-decodeMeta = msgspec.json.Decoder(OnlyMeta).decode
-decodeIdentity = msgspec.json.Decoder(OnlyIdentity).decode
-decodeList = msgspec.json.Decoder(ListOf).decode
-decodeEvent = msgspec.json.Decoder(Event).decode
-decodeStatus = msgspec.json.Decoder(Status).decode
+_Decoded = TypeVar("_Decoded")
+_deep = Lock()
+
+
+def deeply(decoder: msgspec.json.Decoder[_Decoded]) -> Callable[[bytes | Raw], _Decoded]:
+    """
+    The same decoder for JSON in which some field that nobody here reads may be nested deeply: Python up to 3.11 counts
+    that as calls of its own, and allows 1,000 of them.
+    """
+    decode = decoder.decode
+
+    def decodeDeeply(data: bytes | Raw) -> _Decoded:
+        try:
+            return decode(data)
+        except RecursionError:
+            # The limit is one for all threads.
+            with _deep:
+                limit = sys.getrecursionlimit()
+                sys.setrecursionlimit(limit + MAX_DEPTH)
+                try:
+                    return decode(data)
+                finally:
+                    sys.setrecursionlimit(limit)
+
+    return decodeDeeply
+
+
+def _decoder(type: type[_Decoded]) -> Callable[[bytes | Raw], _Decoded]:
+    return deeply(msgspec.json.Decoder(type))
+
+
+DECODERS: dict[Kind, Callable[[bytes | Raw], Any]] = {kind: _decoder(it) for kind, it in TYPES.items()}
+decodeMeta = _decoder(OnlyMeta)
+decodeIdentity = _decoder(OnlyIdentity)
+decodeList = _decoder(ListOf)
+decodeEvent = _decoder(Event)
+decodeStatus = _decoder(Status)
 
 
 class Unreadable(ValueError):
@@ -284,7 +320,7 @@ def decode(kind: Kind, data: bytes | Raw) -> Any:
     :raise Unreadable: with the object's key where that much can be read.
     """
     try:
-        it = DECODERS[kind].decode(data)
+        it = DECODERS[kind](data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise Unreadable(_keyIn(data), fieldFault(str(error))) from None
     return _checked(kind, it)

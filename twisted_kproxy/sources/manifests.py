@@ -217,7 +217,9 @@ def _sort(value: Any) -> str:
 # --- JSON ------------------------------------------------------------------------------------------------------------
 
 #: A number that is too large is the fault of the one object that it stands in.
-_decodeAny = msgspec.json.Decoder(float_hook=float).decode
+_decodeAny = wire.deeply(msgspec.json.Decoder(float_hook=float))
+_decodeFields = wire.deeply(msgspec.json.Decoder(dict[str, msgspec.Raw]))
+_decodeItems = wire.deeply(msgspec.json.Decoder(list[msgspec.Raw] | None))
 
 
 def _json(data: bytes) -> Iterator[tuple[int, Any]]:
@@ -225,13 +227,13 @@ def _json(data: bytes) -> Iterator[tuple[int, Any]]:
     if not text.strip():
         return
     try:
-        outer = msgspec.json.decode(text, type=dict[str, msgspec.Raw])
+        outer = _decodeFields(text)
         kind = msgspec.json.decode(outer["kind"]) if "kind" in outer else ""
         if not (isinstance(kind, str) and kind.endswith("List") and "items" in outer):
             yield _lineAt(text, len(text) - len(text.lstrip())), _decodeAny(text)
             return
         # Item by item: one large list in one call would keep every other thread waiting.
-        items = msgspec.json.decode(outer.pop("items"), type=list[msgspec.Raw] | None) or []
+        items = _decodeItems(outer.pop("items")) or []
         common = {name: msgspec.json.decode(raw) for name, raw in outer.items() if name in ("kind", "apiVersion")}
         end, line = 0, 1
         for item in items:
