@@ -50,7 +50,7 @@ class Explainer:
         people.
     :param boundTo: says where affinity leads a client of a pool.
     :param failing: says which of some endpoints of a service port have failed and not answered since.
-    :param dataplane: gives what the dataplane says of itself.
+    :param unserved: gives the names of service ports that the dataplane does not serve as it should → why.
     :param addresses: gives the addresses of this node, canonical.
     :param sourceTowards: gives the address from which this node talks to another, ``None`` where there is no way.
     :param userspace: a proxy dials endpoints; else the kernel leads clients there.
@@ -64,7 +64,7 @@ class Explainer:
         sync: Callable[[], Mapping[str, Any]],
         boundTo: Callable[[PoolName, str], Endpoint | None],
         failing: Callable[[ServicePortName, tuple[Endpoint, ...]], Mapping[str, Any]],
-        dataplane: Callable[[], Mapping[str, Any]],
+        unserved: Callable[[], Mapping[str, str]],
         addresses: Callable[[], Collection[str]],
         sourceTowards: Callable[[str], str | None],
         userspace: bool = True,
@@ -75,7 +75,7 @@ class Explainer:
         self._sync = sync
         self._boundTo = boundTo
         self._failing = failing
-        self._dataplane = dataplane
+        self._unserved = unserved
         self._addresses = addresses
         self._sourceTowards = sourceTowards
         self._userspace = userspace
@@ -85,7 +85,7 @@ class Explainer:
     def answer(self, question: Question) -> dict[str, Any]:
         """Everything that is known of what is asked, JSON-able."""
         sync, cluster = self._sync(), self._cluster
-        facts = _Facts(self._dataplane(), cluster.pending(), cluster.problems(), sync.get("stopping", False))
+        facts = _Facts(self._unserved(), cluster.pending(), cluster.problems(), sync.get("stopping", False))
         if isinstance(question.about, Dialled):
             shown = self._dialled(question, question.about, facts)
         else:
@@ -259,22 +259,19 @@ class _Facts:
 
     def __init__(
         self,
-        dataplane: Mapping[str, Any],
+        unserved: Mapping[str, str],
         pending: Mapping[str, Mapping[str, str]],
         problems: Iterable[Problem],
         stopping: bool = False,
     ) -> None:
         self.stopping = stopping
+        self._unserved = unserved
         self.pending = pending
         self.problems = list(problems)
-        quarantined = dataplane.get("rules", dataplane).get("quarantined", {})
-        self._faults: dict[str, str] = {
-            **quarantined, **dataplane.get("pending", {}), **dataplane.get("refused", {}),
-        }
 
     def faultOf(self, name: ServicePortName) -> str | None:
         """Why a service port is not served though it should be."""
-        return "kproxy is stopping" if self.stopping else self._faults.get(str(name))
+        return "kproxy is stopping" if self.stopping else self._unserved.get(str(name))
 
 
 def _isAsked(port: ServicePort, asked: ServiceAsked, source: str | None) -> bool:

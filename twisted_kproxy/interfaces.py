@@ -176,6 +176,9 @@ class IDataplane(IUpdateListener):
     def status() -> Mapping[str, Any]:
         """JSON-able facts for operators."""
 
+    def unserved() -> Mapping[str, str]:
+        """Names of service ports that are not served as the map says → why."""
+
 
 # --- balancing -------------------------------------------------------------------------------------------------------
 

@@ -137,3 +137,8 @@ class Report:
         """What the dataplane says of itself."""
         dataplane = self._dataplane()
         return dataplane.status() if dataplane is not None else {"state": "not started"}
+
+    def unserved(self) -> Mapping[str, str]:
+        """Names of service ports that the dataplane does not serve as it should → why."""
+        dataplane = self._dataplane()
+        return dataplane.unserved() if dataplane is not None else {}

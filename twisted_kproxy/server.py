@@ -189,7 +189,7 @@ class ProxyServer(MultiService):
             sync=report.sync,
             boundTo=self.balancer.boundTo,
             failing=self.failures.status,
-            dataplane=report.dataplane,
+            unserved=report.unserved,
             addresses=ownAddresses,
             sourceTowards=sourceTowards,
             userspace=config.mode == "userspace",
@@ -351,7 +351,7 @@ class ProxyServer(MultiService):
 
     def _quarantined(self) -> list[dict[str, str]]:
         """What is not in force as it is wanted: objects that cannot be read, service ports that have no rules."""
-        ports = self._rules.quarantined() if self._rules is not None else {}
+        ports = self._rules.unserved() if self._rules is not None else {}
         return [
             *self.cluster.quarantined(),
             *({"kind": "ServicePort", "key": name, "reason": why} for name, why in ports.items()),

@@ -370,7 +370,7 @@ class LegacyTablesTests(IptablesCase):
         await plane.start()
         everything = ServiceMap({**good, name: sctp})
         await plane.onUpdate(Update(ServiceMap(), everything))
-        [(which, why)] = plane.quarantined().items()
+        [(which, why)] = plane.unserved().items()
         self.assertEqual(which, str(name))
         self.assertIn("10.96.0.99:38412/SCTP", why)
         found = await self.makeWriter().adopt()
@@ -381,7 +381,7 @@ class LegacyTablesTests(IptablesCase):
         await plane.onUpdate(Update(everything, more))
         await plane.onUpdate(Update(more, more, True))
         self.assertEqual(len((await self.makeWriter().adopt()).rules), 21)  # type: ignore[union-attr]
-        self.assertEqual(list(plane.quarantined()), [str(name)])
+        self.assertEqual(list(plane.unserved()), [str(name)])
 
     async def test_hangs(self) -> None:
         """A worker that does not answer is ended, and the next call is served by another one."""

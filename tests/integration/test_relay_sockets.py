@@ -51,6 +51,9 @@ class NoRules:
     def status(self) -> Mapping[str, Any]:
         return {}
 
+    def unserved(self) -> Mapping[str, str]:
+        return {}
+
     def ruleInForce(self, key: FrontendKey) -> None:
         return None
 

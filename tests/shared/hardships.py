@@ -357,7 +357,7 @@ class Hardships:
             follower.again()
             await follower.settled()
             self.assertTrue(await self.isInForce(wanted), how)  # type: ignore[attr-defined]
-            self.assertEqual(follower.plane.quarantined(), {})  # type: ignore[attr-defined]
+            self.assertEqual(follower.plane.unserved(), {})  # type: ignore[attr-defined]
 
     async def test_flakyProgramConverges(self) -> None:
         """A program that fails every second time keeps nothing from coming into force, in a few tries."""
@@ -389,10 +389,10 @@ class Hardships:
         bad = servicePort("bad", "10.96.66.66", 39999)
         await follower.plane.onUpdate(Update(ServiceMap(), ServiceMap({**good, bad.name: bad})))
         self.assertTrue(await self.isInForce(good))  # type: ignore[attr-defined]
-        self.assertEqual(list(follower.plane.quarantined()), ["default/bad:/TCP/IPv4"])  # type: ignore[attr-defined]
+        self.assertEqual(list(follower.plane.unserved()), ["default/bad:/TCP/IPv4"])  # type: ignore[attr-defined]
         everything = ServiceMap({**good, bad.name: bad})
         if mode is not None:
             mode.write_text("ok")
             await follower.plane.onUpdate(Update(everything, everything, True))
             self.assertTrue(await self.isInForce(everything))  # type: ignore[attr-defined]
-            self.assertEqual(follower.plane.quarantined(), {})  # type: ignore[attr-defined]
+            self.assertEqual(follower.plane.unserved(), {})  # type: ignore[attr-defined]

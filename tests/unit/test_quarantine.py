@@ -57,7 +57,7 @@ class QuarantineTests(SynchronousTestCase):
         ports = several(100)
         self.done(*ports)
         self.assertServed(*ports[:6], *ports[7:])
-        self.assertEqual(list(self.plane.quarantined()), ["default/s6:/TCP/IPv4"])
+        self.assertEqual(list(self.plane.unserved()), ["default/s6:/TCP/IPv4"])
         self.assertIn("poison", self.plane.status()["quarantined"]["default/s6:/TCP/IPv4"])
         self.assertLess(len(self.writer.writes), 30)
 
@@ -74,7 +74,7 @@ class QuarantineTests(SynchronousTestCase):
         ports = several(50)
         self.writer.poison = {ports[n].key(ports[n].frontends[0]) for n in (0, 23, 49)}
         self.done(*ports)
-        self.assertEqual(len(self.plane.quarantined()), 3)
+        self.assertEqual(len(self.plane.unserved()), 3)
         self.assertServed(*(port for n, port in enumerate(ports) if n not in (0, 23, 49)))
 
     def test_named(self) -> None:
@@ -91,7 +91,7 @@ class QuarantineTests(SynchronousTestCase):
         self.writer.poison = {self.bad}
         self.done(*several(7))
         self.assertServed(*several(6))
-        self.assertEqual(list(self.plane.quarantined()), ["default/s6:/TCP/IPv4"])
+        self.assertEqual(list(self.plane.unserved()), ["default/s6:/TCP/IPv4"])
 
     def test_accident(self) -> None:
         """What is refused once and taken then is in force, and nobody is in quarantine."""
@@ -104,7 +104,7 @@ class QuarantineTests(SynchronousTestCase):
                 update.addErrback(lambda _: self.plane.onUpdate(Update(ServiceMap(), self.current, True)))
             self.successResultOf(update)
             self.assertServed(*ports)
-            self.assertEqual(self.plane.quarantined(), {})
+            self.assertEqual(self.plane.unserved(), {})
 
     def test_everySecond(self) -> None:
         """A writer that fails every second time blames nobody for long."""
@@ -117,7 +117,7 @@ class QuarantineTests(SynchronousTestCase):
             except self.failureException:
                 continue
         self.assertServed(*ports)
-        self.assertEqual(self.plane.quarantined(), {})
+        self.assertEqual(self.plane.unserved(), {})
 
     @staticmethod
     def alternately(value: object, seen: list[Any]) -> None:
@@ -139,7 +139,7 @@ class QuarantineTests(SynchronousTestCase):
         self.writer.history.clear()
         failed = self.failureResultOf(self.update(*several(200)), RulesRejected)
         self.assertIn("is full", str(failed.value))
-        self.assertEqual(self.plane.quarantined(), {})
+        self.assertEqual(self.plane.unserved(), {})
         self.assertEqual(self.inForce(), before)
         self.assertLess(len(self.writer.writes), 5)
 
@@ -157,13 +157,13 @@ class QuarantineTests(SynchronousTestCase):
         self.writer.poison = {self.bad}
         self.done(*ports)
         self.done(*ports, service("more", "10.96.9.9", 45000))
-        self.assertEqual(len(self.plane.quarantined()), 1)
+        self.assertEqual(len(self.plane.unserved()), 1)
         self.done(*ports, full=True)
-        self.assertEqual(len(self.plane.quarantined()), 1)
+        self.assertEqual(len(self.plane.unserved()), 1)
         self.writer.poison = set()
         self.done(*ports, full=True)
         self.assertServed(*ports)
-        self.assertEqual(self.plane.quarantined(), {})
+        self.assertEqual(self.plane.unserved(), {})
 
     def test_changes(self) -> None:
         """It is tried again when it changes, and forgotten when it goes."""
@@ -173,12 +173,12 @@ class QuarantineTests(SynchronousTestCase):
         other = service("s6", "10.96.2.2", 44444)
         self.done(*ports[:6], other, *ports[7:])
         self.assertServed(*ports[:6], other, *ports[7:])
-        self.assertEqual(self.plane.quarantined(), {})
+        self.assertEqual(self.plane.unserved(), {})
         self.done(*ports)
-        self.assertEqual(len(self.plane.quarantined()), 1)
+        self.assertEqual(len(self.plane.unserved()), 1)
         self.done(*ports[:6], *ports[7:])
         self.assertServed(*ports[:6], *ports[7:])
-        self.assertEqual(self.plane.quarantined(), {})
+        self.assertEqual(self.plane.unserved(), {})
 
     def test_frontendGoesOver(self) -> None:
         """A frontend that one in quarantine had, and that another has now, is the other's."""
@@ -190,7 +190,7 @@ class QuarantineTests(SynchronousTestCase):
         for full in (False, True):
             self.done(refused, *ports[1:], heir, full=full)
             self.assertEqual(self.inForce()[key("10.96.1.1", 80)], same(to(47000)))
-            self.assertEqual(list(self.plane.quarantined()), ["default/s0:/TCP/IPv4"])
+            self.assertEqual(list(self.plane.unserved()), ["default/s0:/TCP/IPv4"])
 
     def test_overDamage(self) -> None:
         """The same where something of ours was in force already, and was read."""
@@ -204,7 +204,7 @@ class QuarantineTests(SynchronousTestCase):
         """What is no address never gets to the writer."""
         self.done(*several(2), service("odd", "10.96.0.300", 43000))
         self.assertServed(*several(2))
-        self.assertIn("10.96.0.300", self.plane.quarantined()["default/odd:/TCP/IPv4"])
+        self.assertIn("10.96.0.300", self.plane.unserved()["default/odd:/TCP/IPv4"])
         self.assertEqual(len(self.writer.writes), 1)
 
     def test_canaryGoes(self) -> None:

@@ -365,12 +365,12 @@ class RulePlaneTests(SynchronousTestCase):
         self.assertEqual(set(self.writer.inForce.rules), {key("10.96.0.1", 80)})  # type: ignore[union-attr]
         self.done(self.web, self.api, self.far())
         self.assertEqual(set(self.writer.inForce.rules), {key("10.96.0.1", 80), key("10.96.0.2", 80)})  # type: ignore[union-attr]
-        [(name, reason)] = self.plane.quarantined().items()
+        [(name, reason)] = self.plane.unserved().items()
         self.assertEqual(name, "default/far:/TCP/IPv4")
         self.assertIn("10.244.1.1", reason)
         self.assertEqual(self.plane.status()["quarantined"], {name: reason})
         self.done(self.web)
-        self.assertEqual(self.plane.quarantined(), {})
+        self.assertEqual(self.plane.unserved(), {})
 
     def test_oneAtATime(self) -> None:
         """An update waits for the one before."""

@@ -56,6 +56,7 @@ class FakeRules:
         self.answers: list[Deferred[None]] = []
         self.earlier: dict[FrontendKey, Rule] = {}
         self.stopping: Deferred[None] = succeed(None)
+        self.refused: dict[str, str] = {}
 
     def start(self) -> Deferred[None]:
         self.log.append("rules start")
@@ -72,6 +73,9 @@ class FakeRules:
 
     def status(self) -> Mapping[str, Any]:
         return {"writer": "fake"}
+
+    def unserved(self) -> Mapping[str, str]:
+        return self.refused
 
     def ruleInForce(self, key: FrontendKey) -> Rule | None:
         return self.earlier.get(key)
@@ -434,6 +438,18 @@ class DataplaneTests(SynchronousTestCase):
         self.assertEqual(list(self.dataplane.status()["refused"]), [str(sctp.name)])
         self.update(servicePort(cluster=[A]))
         self.assertEqual(self.dataplane.status()["refused"], {})
+
+    def test_unserved(self) -> None:
+        """What has no socket, what cannot have one and what has no rules is told together."""
+        self.errors["bad"] = OSError(errno.EADDRINUSE, "Address already in use")
+        self.rules.refused = {str(portName("odd")): "no rules"}
+        bad, sctp = servicePort(portName("bad"), cluster=[A]), servicePort(portName(port="s", protocol="SCTP"))
+        self.update(bad, sctp, servicePort(portName("odd"), cluster=[A]))
+        unserved = self.dataplane.unserved()
+        self.assertEqual(set(unserved), {str(bad.name), str(sctp.name), str(portName("odd"))})
+        self.assertIn("Address already in use", unserved[str(bad.name)])
+        self.assertIn("SCTP", unserved[str(sctp.name)])
+        self.assertEqual(unserved[str(portName("odd"))], "no rules")
 
     def test_noAddress(self) -> None:
         """Service ports of a family that the node has no address of wait, with the reason, and one line in the log."""

@@ -167,10 +167,10 @@ class RulePlane:
             "lastError": self._lastError,
             "changedByOthers": self._foreign,
             "flowsForgotten": self._flows.forgotten,
-            "quarantined": self.quarantined(),
+            "quarantined": self.unserved(),
         }
 
-    def quarantined(self) -> dict[str, str]:
+    def unserved(self) -> dict[str, str]:
         """The service ports whose rules are not in force as they should be, and why."""
         return {str(name): reason for name, (_port, reason) in self._quarantine.items()}
 

@@ -157,6 +157,10 @@ class UserspaceDataplane:
             "rules": dict(self._rules.status()),
         }
 
+    def unserved(self) -> Mapping[str, str]:
+        own = {str(name): reason for told in (self._pending, self._refused) for name, reason in told.items()}
+        return {**self._rules.unserved(), **own}
+
     # --- following the map
 
     async def _follow(self, update: Update) -> None:
