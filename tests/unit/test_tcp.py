@@ -615,6 +615,16 @@ class DialTests(SynchronousTestCase):
         self.assertEqual((self.reactor.writers, self.reactor.getDelayedCalls()), (set(), []))
         self.assertEqual(descriptors(), before)
 
+    def test_lateReactor(self) -> None:
+        """A handshake that was over in time counts, though the reactor looks only when the time is over."""
+        outer, inner = tcpPair()
+        self.addCleanup(outer.close)
+        self.addCleanup(inner.close)
+        dial = Dial(self.dialer, inner, self, 0.25)
+        self.dialer.deadlines.add(dial, 0.25)
+        self.reactor.advance(3)
+        self.assertEqual((self.connected, self.failed, self.reactor.getDelayedCalls()), ([inner], [], []))
+
     def test_cancel(self) -> None:
         """A cancelled attempt is silent, closes its socket, and leaves no timer; twice is harmless."""
         before = descriptors()

@@ -122,7 +122,8 @@ class Dial:
             self._close()
 
     def expired(self) -> None:
-        """Its time is over."""
+        """Its time is over. Where the reactor comes late, what the socket has got to know meanwhile counts."""
+        self.event(0)
         owner = self._finish()
         if owner is not None:
             self._close()
