@@ -25,7 +25,7 @@ PODS = ("p0a", "p0b", "p1a")
 #: How long nothing may come back before it counts as dropped.
 SILENCE = 1.0
 #: The kernel sends ICMP errors to one client rarely; for so long a datagram is sent again.
-PATIENCE = 5.0
+PATIENCE = 15.0
 CONFIG = """
 [kproxy]
 node-name = n0
@@ -92,7 +92,7 @@ class Place:
         said = "\n".join(f"{key} = {value}" for key, value in settings.items())
         daemon = Daemon(self.rig, "n0", CONFIG.format(settings=said, path=path, writer=self.writer))
         try:
-            daemon.waitUntil(lambda: self._inForce(daemon), 20)
+            daemon.waitUntil(lambda: self._inForce(daemon))
             found = self._tried(group)
             daemon.assertNoTraceback()
             return found

@@ -35,7 +35,7 @@ class Program:
         argv: Sequence[str],
         *,
         ready: str = "",
-        seconds: float = 15,
+        seconds: float = 60,
         env: Mapping[str, str] | None = None,
         cwd: str = ROOT,
     ) -> None:
@@ -63,7 +63,7 @@ class Program:
         """What it has said so far."""
         return "".join(self._lines)
 
-    def stop(self, number: int = signal.SIGTERM, seconds: float = 10) -> int:
+    def stop(self, number: int = signal.SIGTERM, seconds: float = 30) -> int:
         """End it; gives its exit code, which is -9 where it did not end by itself in time."""
         # Not through rig.stop() alone: that closes the pipe that the reader still reads from.
         if self.process.poll() is None:
@@ -112,7 +112,7 @@ class Daemon(Program):
         config: str,
         *,
         waitFor: str | Callable[[], Any] | None = "http://127.0.0.1:10256/livez",
-        seconds: float = 20,
+        seconds: float = 60,
         options: Sequence[str] = (),
         twistd: Sequence[str] = (),
         env: Mapping[str, str] | None = None,
@@ -128,7 +128,7 @@ class Daemon(Program):
         if waitFor is not None:
             self.waitUntil(waitFor, seconds)
 
-    def waitUntil(self, what: str | Callable[[], Any], seconds: float = 20) -> Any:
+    def waitUntil(self, what: str | Callable[[], Any], seconds: float = 60) -> Any:
         """
         Until a URL answers 200, or what is called gives something true; gives that.
 
@@ -148,7 +148,7 @@ class Daemon(Program):
             self.stop()
             raise AssertionError(f"kproxy in {self.name}: {error}; its log:\n{self.log()}") from None
 
-    def get(self, url: str, timeout: float = 2) -> tuple[int, dict[str, str], bytes]:
+    def get(self, url: str, timeout: float = 5) -> tuple[int, dict[str, str], bytes]:
         """An HTTP request from its namespace."""
         return self.rig.http(self.name, url, timeout=timeout)
 

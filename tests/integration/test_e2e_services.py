@@ -194,7 +194,7 @@ class ServicesCore(Scenario):
         with self.rig.open(place):
             raw = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_SCTP)
         with raw:
-            raw.settimeout(2)
+            raw.settimeout(5)
             try:
                 raw.connect((it["spec"]["clusterIP"], 0))
                 raw.send(sctpInit(81))

@@ -16,13 +16,16 @@ from tests.fakes.network import waitFor
 from .scenario import BOTH, PLACES, Json, Load, Scenario, port
 from .test_e2e_networking import HTTP, SLICE, UDP
 
-#: requests during which there is no API server: ten seconds' worth
-OUTAGE = 2000
+#: requests and seconds, at the least, during which there is no API server
+OUTAGE = (100, 10.0)
+#: seconds: two of the longest pauses between two tries, for who finds that his watch cannot be continued
+RETURN = 120.0
 
 
 class UpheavalsCore(Scenario):
     """What every rule writer must bring about."""
 
+    disturbed = True
     #: Each takes away rules of ours, in a way of its own.
     damages: ClassVar[Sequence[Sequence[str]]] = ()
 
@@ -49,15 +52,15 @@ class UpheavalsCore(Scenario):
 
     def test_rulesRecreated(self) -> None:
         """
-        "should recreate its iptables rules if they are deleted": however they were; they are there again within ten
-        seconds (upstream: a sync period).
+        "should recreate its iptables rules if they are deleted": however they were; they are there again before the
+        sync period of half a minute would have brought them (upstream: a sync period).
         """
         it = self.service()
         targets, datagrams = [*self.clusterIPs(it)], self.clusterIPs(it, 90)
         self.expect(targets, BOTH)
         for damage in self.damages:
             self.rig.run("n0", damage)
-            waitFor(lambda: self.serves(targets, False) and self.serves(datagrams, True), 10)
+            waitFor(lambda: self.serves(targets, False) and self.serves(datagrams, True), 25)
             self.expect(targets, BOTH)
             self.expect(datagrams, BOTH, udp=True)
 
@@ -65,7 +68,7 @@ class UpheavalsCore(Scenario):
         return self.make("p0a", "p1a", ports=[HTTP, UDP], slicePorts=SLICE)
 
     def serves(self, targets: Any, udp: bool) -> bool:
-        return all(self.ask(place, target, udp, 0.2).name in BOTH for place in PLACES for target in targets)
+        return all(self.ask(place, target, udp, 0.5).name in BOTH for place in PLACES for target in targets)
 
 
 class UpheavalsMore(UpheavalsCore):
@@ -90,23 +93,23 @@ class UpheavalsMore(UpheavalsCore):
         while client.recv(1000):
             pass
         argv = ["conntrack", "-L", "-p", "tcp", "--state", "CLOSE_WAIT", "--sport", str(client.getsockname()[1])]
-        found = waitFor(lambda: self.rig.run("n0", argv).stdout, 5)
+        found = waitFor(lambda: self.rig.run("n0", argv).stdout, 20)
         seconds = int(found.split()[2])
         self.assertTrue(3540 <= seconds <= 3660, found)
 
     def test_apiRestarts(self) -> None:
         """
         "should work after restarting apiserver": killed, away for ten seconds, started again. No request fails; a
-        Service that is made then is served within a minute, which is longer than the longest pause between two tries.
+        Service that is made then is served once those who watch have come back.
         (The mechanism is the same for any outage: nothing is taken away because nobody says that it is there.)
         """
         first = self.make("p0a", "p1a")
         with Load(self, "p0b", self.clusterIPs(first)) as load:
             load.until(20)
             self.world.killApi()
-            load.until(OUTAGE)
+            load.until(*OUTAGE)
             self.world.api = self.world.startApi()
-            second = self.make("p1a", seconds=60)
+            second = self.make("p1a", seconds=RETURN)
             self.expect(self.clusterIPs(second), {"p1a"}, ("p0b", "p1b"))
             self.expect(self.clusterIPs(first), BOTH, ("p0b", "p1b"))
             load.until(20)

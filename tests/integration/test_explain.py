@@ -88,4 +88,4 @@ class ExplainTests(TestCase):
         self.assertEqual(lines[begins], "Different in the kernel (1):")
         self.assertRegex(lines[begins + 1], rf"^  \+ {address}:80/TCP -> {self.rig.address('n0', 4)}:[0-9]+$")
         self.assertEqual(lines[-1], "1 to add, 0 to change, 0 to remove")
-        self.world.daemon.waitUntil(lambda: self.plan()[-1] == "nothing to do", 20)
+        self.world.daemon.waitUntil(lambda: self.plan()[-1] == "nothing to do")

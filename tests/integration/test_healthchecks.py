@@ -54,7 +54,7 @@ class HealthCheckPorts:
     def become(self, code: int, local: int) -> None:
         """Until both families say so; and what they say is as it should be."""
         for family in (4, 6):
-            waitFor(lambda family=family: self.ask(family)[0] == code, 10, 0.05)  # type: ignore[misc]
+            waitFor(lambda family=family: self.ask(family)[0] == code, 30, 0.05)  # type: ignore[misc]
             said = self.ask(family, "/whatever?x=1")
             if not code:
                 continue
@@ -136,22 +136,27 @@ class HealthCheckPortTests(HealthCheckPorts, TestCase):
                 for it in json.loads(said)["items"]
             )
 
-        waitFor(told, 10, 0.1)
+        waitFor(told, 30, 0.1)
         other.close()
         self.become(200, 1)
 
     def test_zDraining(self) -> None:
-        """While connections drain the answer is 503; then the port is closed. After a restart it is 200 again."""
+        """
+        While connections drain the answer is 503; then they are cut and the port is closed. After a restart it is 200
+        again.
+        """
         service = self.make("hc-draining", 32105, "p0a")
         self.become(200, 1)
         client = self.rig.connect("x", (self.rig.address("n0"), service["spec"]["ports"][0]["nodePort"]))
         self.addCleanup(client.close)
         daemon = self.world.daemon
         daemon.process.send_signal(signal.SIGTERM)
-        waitFor(lambda: self.ask(4)[0] == 503, 2, 0.02)
+        waitFor(lambda: self.ask(4)[0] == 503, 9, 0.02)
         code, said = self.ask(6)
         self.assertEqual((code, said["serviceProxyHealthy"], said["localEndpoints"]), (503, False, 1))
-        daemon.process.wait(20)
+        client.settimeout(30)
+        self.assertRaises(ConnectionResetError, client.recv, 1)
+        daemon.process.wait(30)
         self.assertEqual(self.ask(4)[0], 0)
         daemon.stop()
         self.world.daemon = self.world.startDaemon()

@@ -32,7 +32,7 @@ server = {server}
 [rules]
 writer = {writer}
 [userspace]
-drain-timeout = 3s
+drain-timeout = 10s
 """
 Json = dict[str, Any]
 
@@ -112,8 +112,10 @@ class World:
         try:
             if "n1" in nodes:
                 self.rig.addPod("n1", "p1b")
-            for name in nodes:  # tests are refused more often than the kernel says so, of itself, to one host
-                self.rig.run(name, ["sysctl", "-qw", "net.ipv4.icmp_ratelimit=0", "net.ipv6.icmp.ratelimit=0"])
+            # Tests are refused more often than the kernel says so, of itself, to one host, and to all of them: many
+            # kernels count what all namespaces say as one.
+            for name in nodes:
+                self.rig.run(name, ["sysctl", "-qw", "net.ipv4.icmp_ratemask=0", "net.ipv6.icmp.ratemask="])
             self.numbers = itertools.count(1)
             self.api = self.startApi()
             pods = [pod for pod, it in self.rig.hosts.items() if it.node]
@@ -171,7 +173,7 @@ class World:
     def startDaemon(self, extra: str = "", node: str = "n0", **kw: Any) -> Daemon:
         text = CONFIG.format(server=self.api.url, writer=self.writer, node=node, settings=self.settings) + extra
         daemon = Daemon(self.rig, node, text, **kw)
-        daemon.waitUntil(lambda: self.status(daemon)["sync"]["inForce"], 20)
+        daemon.waitUntil(lambda: self.status(daemon)["sync"]["inForce"])
         self.daemons[node] = daemon
         return daemon
 
@@ -181,7 +183,7 @@ class World:
         found: Json = json.loads(body)
         return found
 
-    def settle(self, expected: Any, seconds: float = 10) -> None:
+    def settle(self, expected: Any, seconds: float = 30) -> None:
         """Until what is expected of the status is in force, on every node."""
         for daemon in self.daemons.values():
             self._settle(daemon, expected, seconds)
@@ -202,11 +204,11 @@ class World:
             status = {key: it for key, it in self.status(daemon).items() if key in ("sync", "sources", "dataplane")}
             raise AssertionError(f"{daemon.name}: {error}: {json.dumps(status)}") from None
 
-    def apply(self, *objects: Json, seconds: float = 10) -> None:
+    def apply(self, *objects: Json, seconds: float = 30) -> None:
         """Create or replace objects, and wait until every daemon has heard of it and it is in force."""
         self._change(self.api.apply, objects, seconds)
 
-    def delete(self, *objects: Json, seconds: float = 10) -> None:
+    def delete(self, *objects: Json, seconds: float = 30) -> None:
         """Delete objects; waits likewise."""
         self._change(self.api.delete, objects, seconds)
 
