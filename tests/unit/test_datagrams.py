@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import gc
 import os
+import select
+import socket
 from typing import Any
 from unittest import mock
 
@@ -26,6 +28,7 @@ from twisted_kproxy.userspace.engines.poller import Poller
 from twisted_kproxy.userspace.udpsockets import Sockets
 
 ANOTHER = ("192.0.2.2", 1)
+POLL = select.poll
 
 
 class BatchTests(UdpCase):
@@ -359,6 +362,33 @@ class SameTests(UdpCase):
         self.assertEqual(self.follow("python", steps), self.follow("native", steps))
 
 
+class Late(socket.socket):
+    """One that has nothing yet for whoever does not wait."""
+
+    def recv(self, size: int, flags: int = 0) -> bytes:
+        self._hurried()
+        return super().recv(size, flags)
+
+    def recvfrom(self, size: int, flags: int = 0) -> Any:  # type: ignore[override]
+        self._hurried()
+        return super().recvfrom(size, flags)
+
+    def _hurried(self) -> None:
+        if self.gettimeout() == 0:
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+
+class Patient:
+    """The same of a poll object."""
+
+    def __init__(self) -> None:
+        self._real = POLL()
+        self.register = self._real.register
+
+    def poll(self, wait: int) -> Any:
+        return self._real.poll(wait) if wait else []
+
+
 class TrialTests(TestCase):
     """What is tried before it is used."""
 
@@ -375,6 +405,18 @@ class TrialTests(TestCase):
         sockets: Any = socketsOf("native", reactor)
         with mock.patch.object(offload, "_relayed", lambda *_: (b"first", b"")):
             self.assertRaises(NotAvailable, selfTest, sockets)
+
+    def test_selfTestWaits(self) -> None:
+        """Nor is one refused because loopback takes a moment: nobody looks for datagrams without waiting for them."""
+        sockets: Any = socketsOf("native", reactor)
+        with mock.patch.object(offload.socket, "socket", Late):
+            selfTest(sockets)
+
+    def test_offloadWaits(self) -> None:
+        """A train's datagrams may come one by one, each a moment later than the one before."""
+        found = probeOffload()
+        with mock.patch.object(offload.select, "poll", Patient):
+            self.assertEqual(probeOffload(), found)
 
     def test_offload(self) -> None:
         """What is found out about trains is what the kernel does; a kernel without them has none."""

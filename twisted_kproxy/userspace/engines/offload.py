@@ -15,6 +15,9 @@ from ...interfaces import NotAvailable
 #: Trains are taken in one piece, and are cut when sent.
 GRO, GSO = 1, 2
 
+#: Milliseconds that a datagram may take over loopback.
+_WAIT = 100
+
 # From linux/udp.h
 SOL_UDP = 17
 UDP_SEGMENT = 103
@@ -31,10 +34,8 @@ def probeOffload() -> int:
             receiver.bind(("127.0.0.1", 0))
             sender.connect(receiver.getsockname())
             sender.sendmsg((b"x" * 300,), ((SOL_UDP, UDP_SEGMENT, struct.pack("@H", 100)),))
-            if len(_arrived(receiver)) != 100:
+            if any(len(_arrived(receiver)) != 100 for _ in range(3)):
                 return 0
-            while _arrived(receiver, wait=0):
-                pass
         except OSError:
             return 0
         try:
@@ -51,11 +52,14 @@ def described(offload: int) -> str:
     return f"with {' and '.join(names)}" if names else "without GRO and GSO"
 
 
-def _arrived(receiver: socket.socket, wait: int = 100) -> bytes:
-    """A datagram, or train; ``b""`` where none comes within so many milliseconds."""
+def _arrived(receiver: socket.socket) -> bytes:
+    """
+    A datagram, or train; ``b""`` where none comes. Where the kernel leaves delivery to another processor, or to a
+    thread of its own, one that was sent over loopback is not there at once.
+    """
     poll = select.poll()
     poll.register(receiver, select.POLLIN)
-    return receiver.recv(1000) if poll.poll(wait) else b""
+    return receiver.recv(1000) if poll.poll(_WAIT) else b""
 
 
 class _Trial(DatagramProtocol):
@@ -113,11 +117,11 @@ def selfTest(sockets: Any) -> None:
 def _relayed(
     sockets: Any, client: socket.socket, backend: socket.socket, question: bytes
 ) -> tuple[bytes, bytes]:
+    for it in (client, backend):
+        it.settimeout(_WAIT / 1000)
     client.send(question)
-    sockets.relay(100)
-    backend.settimeout(0)
+    sockets.relay(_WAIT)
     heard, address = backend.recvfrom(100)
     backend.sendto(b"re " + heard, address)
-    sockets.relay(100)
-    client.settimeout(0)
+    sockets.relay(_WAIT)
     return heard, client.recv(100)
