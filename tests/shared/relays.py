@@ -26,8 +26,8 @@ from zope.interface.verify import verifyObject
 from twisted_kproxy.core.values import Outcome
 from twisted_kproxy.interfaces import IRelay
 
-#: Seconds after which a blocked end gives up: a hang is a failure, not a wait.
-PATIENCE = 8.0
+#: Seconds after which a blocked end gives up: a hang is a failure, not a wait. sendall() has no more for all of it.
+PATIENCE = 30.0
 
 
 def inThread(reactor: Any, run: Callable[..., Any], *args: Any) -> Deferred[Any]:
@@ -76,6 +76,30 @@ def relayed(relay: Any, client: socket.socket, backend: socket.socket, early: by
     done = Relayed()
     done.cut = relay.relay(client, backend, early, done.callback)
     return done
+
+
+def arrived(sock: socket.socket, what: int = select.POLLIN) -> None:
+    """
+    Wait until bytes, the end (``POLLRDHUP``) or a reset (0: that is always told) have come to a socket. What goes over
+    loopback is there at once only as long as no other processor, and no thread of the kernel, has to deliver it.
+    """
+    poll = select.poll()
+    poll.register(sock, what)
+    if not poll.poll(PATIENCE * 1000):
+        raise AssertionError("nothing came")
+
+
+def stuffed(sock: socket.socket, turn: Callable[[], object], block: bytes) -> None:
+    """Send, with turns of the engine in between, until nothing is taken any more."""
+    sock.setblocking(False)
+    idle = 0
+    while idle < 20:
+        try:
+            sock.send(block)
+            idle = 0
+        except BlockingIOError:
+            idle += not select.select([], [sock], [], 0.01)[1]
+        turn()
 
 
 def reset(sock: socket.socket) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import select
 import socket
 import struct
 from typing import Any
@@ -16,7 +17,19 @@ from twisted.internet.test.reactormixins import ReactorBuilder
 from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
-from tests.shared.relays import BulkSuite, RelaySuite, descriptors, ending, readExactly, relayed, reset, tcpPair
+from tests.shared.relays import (
+    PATIENCE,
+    BulkSuite,
+    RelaySuite,
+    arrived,
+    descriptors,
+    ending,
+    readExactly,
+    relayed,
+    reset,
+    stuffed,
+    tcpPair,
+)
 from tests.shared.relayscripts import ScriptSuite
 from twisted_kproxy.core.values import Outcome
 from twisted_kproxy.reactor import DirectReactor
@@ -187,15 +200,7 @@ class StateTests(SynchronousTestCase):
 
     def stuff(self) -> None:
         """Let the client send until nothing is taken any more."""
-        self.client.setblocking(False)
-        idle = 0
-        while idle < 20:
-            try:
-                self.client.send(b"b" * BLOCK)
-                idle = 0
-            except BlockingIOError:
-                idle += 1
-            self.reactor.turn()
+        stuffed(self.client, self.reactor.turn, b"b" * BLOCK)
 
     def test_oneReader(self) -> None:
         """However many connections: the reactor has one reader, and none when the last has ended."""
@@ -208,8 +213,8 @@ class StateTests(SynchronousTestCase):
     def test_eager(self) -> None:
         """What is read goes out at once."""
         self.client.sendall(b"ping")
+        arrived(self.clientSide)
         self.reactor.turn()
-        self.backend.settimeout(5)
         self.assertEqual(readExactly(self.backend, 4), b"ping")
 
     def test_quiet(self) -> None:
@@ -221,13 +226,18 @@ class StateTests(SynchronousTestCase):
         with contextlib.suppress(BlockingIOError):
             while self.backend.recv(BLOCK):
                 pass
-        told = dict(self.poller._epoll.poll(0))
+        told: dict[int, int] = {}
+        while self.backendSide.fileno() not in told:
+            events = dict(self.poller._epoll.poll(PATIENCE))
+            self.assertTrue(events)
+            told |= events
         self.assertTrue(told[self.backendSide.fileno()] & OUTPUT)
 
     def test_endRidesOnLastBytes(self) -> None:
         """The last bytes and the end go out as one packet."""
         self.client.sendall(b"question")
         self.client.shutdown(socket.SHUT_WR)
+        arrived(self.clientSide, select.POLLRDHUP)
         before = segments(self.backend)
         self.reactor.turn()
         self.assertEqual(self.backend.recv(100), b"question")
@@ -239,6 +249,7 @@ class StateTests(SynchronousTestCase):
         self.handlers[self.backendSide].error = errno.EPIPE
         self.backend.sendall(b"too large")
         self.backend.shutdown(socket.SHUT_WR)
+        arrived(self.backendSide, select.POLLRDHUP)
         self.reactor.turn()
         self.assertEqual(self.client.recv(100), b"too large")
         self.assertEqual(self.successResultOf(self.done).reason, "backend-reset")
@@ -268,8 +279,8 @@ class StateTests(SynchronousTestCase):
     def test_noEndAfterAll(self) -> None:
         """An event that tells of an end that is none keeps no bytes back."""
         self.client.sendall(b"ping")
+        arrived(self.clientSide)
         self.handlers[self.clientSide].event(INPUT & ~ERROR)
-        self.backend.setblocking(False)
         self.assertEqual(self.backend.recv(100), b"ping")
 
     def test_stalled(self) -> None:
@@ -284,10 +295,10 @@ class StateTests(SynchronousTestCase):
         """A client that resets while the backend takes nothing: the backend is reset within two sweeps."""
         self.stuff()
         reset(self.client)
+        arrived(self.clientSide, 0)
         self.reactor.turn()
         self.reactor.pump([15, 15])
         self.assertEqual(self.successResultOf(self.done).reason, "client-reset")
-        self.backend.settimeout(5)
         self.assertEqual(ending(self.backend), "reset")
         self.assertEqual(self.reactor.getDelayedCalls(), [])
         self.assertEqual(self.relay.pipes.made, self.relay.pipes.idle)
@@ -314,10 +325,12 @@ class StateTests(SynchronousTestCase):
         self.reactor.pump([15.0] * 300)
         self.assertNoResult(self.done)
         self.client.shutdown(socket.SHUT_WR)
+        arrived(self.clientSide, select.POLLRDHUP)
         self.reactor.turn()
         # Bytes that still move, even after most of an hour, keep it.
         self.reactor.pump([15.0] * 235)
         self.backend.sendall(b"12345678")
+        arrived(self.backendSide)
         self.reactor.turn()
         self.reactor.pump([15.0] * 239)
         self.assertNoResult(self.done)
@@ -332,8 +345,8 @@ class StateTests(SynchronousTestCase):
         self.reactor.pump([15.0] * 10)
         self.assertNoResult(self.done)
         self.client.sendall(b"ping")
+        arrived(self.clientSide)
         self.reactor.turn()
-        self.backend.settimeout(5)
         self.assertEqual(readExactly(self.backend, 4), b"ping")
 
     def test_bug(self) -> None:
@@ -408,6 +421,8 @@ class StateTests(SynchronousTestCase):
         client.shutdown(socket.SHUT_WR)
         backend.sendall(b"answer")
         backend.shutdown(socket.SHUT_WR)
+        for end in (clientSide, backendSide):
+            arrived(end, select.POLLRDHUP)
         self.reactor.turn()
         done = relayed(self.relay, clientSide, backendSide, b"a ")
         self.assertEqual(self.successResultOf(done), Outcome("done", 10, 6))

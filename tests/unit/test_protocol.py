@@ -17,12 +17,14 @@ from twisted.trial.unittest import SynchronousTestCase, TestCase
 from tests.shared.relays import (
     BulkSuite,
     RelaySuite,
+    arrived,
     ending,
     inThread,
     readAll,
     readExactly,
     relayed,
     reset,
+    stuffed,
     tcpPair,
 )
 from tests.shared.relayscripts import ScriptSuite
@@ -75,27 +77,20 @@ class TimeTests(SynchronousTestCase):
         self.reactor = _Turning()
         self.relay = ProtocolRelay(self.reactor, Poller(self.reactor))
         self.addCleanup(self.relay.stop)
-        self.client, clientSide = tcpPair()
+        self.client, self.clientSide = tcpPair()
         self.backend, self.backendSide = tcpPair()
-        for end in (self.client, self.backend, clientSide, self.backendSide):
+        for end in (self.client, self.backend, self.clientSide, self.backendSide):
             self.addCleanup(end.close)
-        self.done = relayed(self.relay, clientSide, self.backendSide)
+        self.done = relayed(self.relay, self.clientSide, self.backendSide)
 
     def stuff(self) -> None:
         """Let the client send until nothing is taken any more."""
-        self.client.setblocking(False)
-        idle = 0
-        while idle < 20:
-            try:
-                self.client.send(b"b" * 65536)
-                idle = 0
-            except BlockingIOError:
-                idle += 1
-            self.reactor.turn()
+        stuffed(self.client, self.reactor.turn, b"b" * 65536)
 
     def test_eager(self) -> None:
         """What is read goes out in the same turn, and the reactor is not asked to tell when the backend can take it."""
         self.client.sendall(b"ping")
+        arrived(self.clientSide)
         self.reactor.turn()
         self.assertEqual(self.reactor.writers, set())
         self.assertEqual(readExactly(self.backend, 4), b"ping")
@@ -113,6 +108,7 @@ class TimeTests(SynchronousTestCase):
         """A client that resets while the backend takes nothing: the backend is reset within two sweeps."""
         self.stuff()
         reset(self.client)
+        arrived(self.clientSide, 0)
         self.reactor.turn()
         self.reactor.pump([15.0, 15.0])
         self.assertEqual(self.successResultOf(self.done).reason, "client-reset")
@@ -123,10 +119,12 @@ class TimeTests(SynchronousTestCase):
     def test_diesAfterItsEnd(self) -> None:
         """So does a client that resets after it has ended, when no descriptor of it is watched any more."""
         self.client.shutdown(socket.SHUT_WR)
+        arrived(self.clientSide, select.POLLRDHUP)
         self.reactor.turn()
         self.reactor.pump([15.0] * 10)
         self.assertNoResult(self.done)
         reset(self.client)
+        arrived(self.clientSide, 0)
         self.reactor.pump([15.0, 15.0])
         self.assertEqual(self.successResultOf(self.done).reason, "client-reset")
 
@@ -141,9 +139,11 @@ class TimeTests(SynchronousTestCase):
         self.reactor.pump([15.0] * 300)
         self.assertNoResult(self.done)
         self.client.shutdown(socket.SHUT_WR)
+        arrived(self.clientSide, select.POLLRDHUP)
         self.reactor.turn()
         self.reactor.pump([15.0] * 235)
         self.backend.sendall(b"12345678")
+        arrived(self.backendSide)
         self.reactor.turn()
         self.reactor.pump([15.0] * 239)
         self.assertNoResult(self.done)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+from collections.abc import Callable
 from typing import Any
 
 from twisted.internet import reactor
@@ -19,13 +20,14 @@ from tests.shared.proxiers import (
     ScriptedBalancer,
     deadEndpoint,
 )
-from tests.shared.relays import PATIENCE, descriptors, ending, readAll, readExactly, reset, tcpPair
+from tests.shared.relays import PATIENCE, arrived, descriptors, ending, readAll, readExactly, reset, tcpPair
 from twisted_kproxy.core.values import Endpoint, Outcome, PoolName, ServicePortName
 from twisted_kproxy.interfaces import IProxierFactory
 from twisted_kproxy.userspace.dial import Deadlines, Dial, Dialer, established
 from twisted_kproxy.userspace.engines.pairs import PairRelay
 from twisted_kproxy.userspace.engines.poller import LAST, OUTPUT, Poller
 from twisted_kproxy.userspace.ports import Budget
+from twisted_kproxy.userspace.session import Session
 from twisted_kproxy.userspace.sockets import openListener
 from twisted_kproxy.userspace.tcp import ListeningPort, TcpProxier
 
@@ -57,7 +59,8 @@ class TcpTestCase(ProxierParts, TestCase):
     timeout = 20
     reactor: Any = reactor
     protocol = "TCP"
-    connectTimeouts: tuple[float, ...] = (0.1, 0.1, 0.1, 0.1)
+    #: Long ones: what is there must not come too late because the machine is busy.
+    connectTimeouts: tuple[float, ...] = (15.0,) * 4
     limit: int | None = None
 
     def makeProxier(self, pool: PoolName, balancer: Any, observer: Any) -> TcpProxier:
@@ -84,6 +87,17 @@ class TcpTestCase(ProxierParts, TestCase):
         hole = BlackHole()
         self.addCleanup(hole.close)
         return hole.endpoint
+
+    async def dialing(self, proxier: TcpProxier) -> None:
+        """Until its only client waits for an endpoint."""
+        while not any(session._dial for session in proxier._sessions):
+            await deferLater(reactor, 0.005)  # type: ignore[arg-type]
+
+    @staticmethod
+    def giveUp(session: Session) -> None:
+        """As if the time for its endpoint to answer were over."""
+        assert session._dial is not None
+        session._dial.expired()
 
 
 class DialingTests(TcpTestCase):
@@ -119,12 +133,13 @@ class DialingTests(TcpTestCase):
 
     async def test_timeout(self) -> None:
         """An endpoint that does not answer in time is left for the next."""
+        self.connectTimeouts = (0.1, 15.0)
         backend = self.backend()
         proxier = self.listening(self.blackHole(), backend.endpoint)
         self.assertEqual(await self.ask(self.client(proxier)), b"hello")
         self.assertEqual([reason for _, reason in self.observer.misses], ["timeout"])
         ((_, _, seconds),) = self.observer.openings
-        self.assertTrue(0.09 < seconds < 2, seconds)
+        self.assertTrue(0.09 < seconds < 15, seconds)
 
     async def test_handshakeWaitsForTheQuestion(self) -> None:
         """
@@ -149,25 +164,21 @@ class DialingTests(TcpTestCase):
 
     async def test_slowDialHoldsUpNobody(self) -> None:
         """While one client's endpoint does not answer, others are accepted, dialed and served."""
-        self.connectTimeouts = (5.0,)
         backend = self.backend()
         proxier = self.listening(self.blackHole(), *[backend.endpoint] * 10)
         slow = self.client(proxier)
-        before = reactor.seconds()  # type: ignore[attr-defined]
-        await deferLater(reactor, 0.01)  # type: ignore[arg-type]
         for _ in range(10):
             self.assertEqual(await self.ask(self.client(proxier)), b"hello")
-        self.assertLess(reactor.seconds() - before, 2)  # type: ignore[attr-defined]
-        self.assertEqual(proxier.status()["active"], 11)
+        # Nor has anybody had to wait until it was given up.
+        self.assertEqual((self.observer.misses, proxier.status()["active"]), ([], 11))
         slow.close()
 
     async def test_clientResetsWhileDialing(self) -> None:
         """A client that resets meanwhile ends the attempt."""
-        self.connectTimeouts = (5.0,)
         proxier = self.listening(self.blackHole())
         client = self.client(proxier)
         client.sendall(b"hello")
-        await deferLater(reactor, 0.02)  # type: ignore[arg-type]
+        await self.dialing(proxier)
         reset(client)
         await self.observer.until(lambda: bool(self.observer.failures))
         self.assertEqual(self.observer.failures, ["client-gone"])
@@ -175,7 +186,6 @@ class DialingTests(TcpTestCase):
 
     async def test_clientLeavesWhileDialing(self) -> None:
         """A client that ends without a word has gone: no endpoint is tried any further for it."""
-        self.connectTimeouts = (5.0, 5.0)
         proxier = self.listening(self.blackHole())
         self.client(proxier).close()
         await self.observer.until(lambda: bool(self.observer.failures))
@@ -184,6 +194,7 @@ class DialingTests(TcpTestCase):
 
     async def test_halfCloseWhileDialing(self) -> None:
         """A client that asks and half-closes before an endpoint is there gets its answer all the same."""
+        self.connectTimeouts = (0.1, 15.0)
         backend = self.backend()
         proxier = self.listening(self.blackHole(), backend.endpoint)
         client = self.client(proxier)
@@ -195,7 +206,6 @@ class DialingTests(TcpTestCase):
 
     async def test_muchBeforeTheEndpoint(self) -> None:
         """What a client says early is kept up to 64 KiB, then it waits; nothing is lost."""
-        self.connectTimeouts = (0.3, 5.0)
         backend = self.backend()
         proxier = self.listening(self.blackHole(), backend.endpoint)
         client = self.client(proxier)
@@ -206,11 +216,14 @@ class DialingTests(TcpTestCase):
             client.shutdown(socket.SHUT_WR)
 
         client.sendall(payload[:1000])
-        await deferLater(reactor, 0.05)  # type: ignore[arg-type]
+        await self.dialing(proxier)
         sent, answer = self.run_(send), self.run_(readAll, client)
-        await deferLater(reactor, 0.1)  # type: ignore[arg-type]
         (session,) = proxier._sessions
+        while len(session._early) < 65536:
+            await deferLater(reactor, 0.005)  # type: ignore[arg-type]
+        await deferLater(reactor, 0.05)  # type: ignore[arg-type]
         self.assertEqual(len(session._early), 65536)
+        self.giveUp(session)
         self.assertTrue((await answer) == payload)
         await sent
 
@@ -314,7 +327,7 @@ class AcceptingTests(TcpTestCase):
 
         backend = self.backend()
         proxier = self.listening(backend.endpoint)
-        proxier.relay = Looking(reactor)
+        proxier.relay = Looking(reactor, proxier.poller)
         await self.ask(self.client(proxier))
         self.assertEqual(seen[0], [1, 1, 60, 15, 4, False, False])
         # That of the backend comes later, with those connections that last.
@@ -379,10 +392,9 @@ class AcceptingTests(TcpTestCase):
 
     async def test_abortWhileDialing(self) -> None:
         """abort() also cuts who still waits for an endpoint."""
-        self.connectTimeouts = (5.0,)
         proxier = self.listening(self.blackHole())
         client = self.client(proxier)
-        await deferLater(reactor, 0.02)  # type: ignore[arg-type]
+        await self.dialing(proxier)
         self.assertEqual(proxier.status()["active"], 1)
         proxier.abort()
         self.assertEqual(await self.run_(ending, client), "reset")
@@ -574,25 +586,37 @@ class DialTests(SynchronousTestCase):
     def dialFailed(self, number: int) -> None:
         self.failed.append(number)
 
+    def atOnce(self, listen: Callable[[], Endpoint], eager: bool = False) -> Dial:
+        """An attempt that is through already. Now and then the kernel takes a moment: then at the next endpoint."""
+        for _ in range(100):
+            dial = self.dialer.dial(listen(), 1.0, self, eager)
+            if dial.connected:
+                self.addCleanup(dial.socket.close)
+                return dial
+            dial.cancel()
+        raise AssertionError("it is never connected at once")
+
     def test_connected(self) -> None:
         """To an endpoint of this node the handshake is done at once; nothing is left with the reactor."""
         backend = Backend()
         self.addCleanup(backend.close)
-        dial = self.dialer.dial(backend.endpoint, 1.0, self)
-        self.addCleanup(dial.socket.close)
-        self.assertTrue(dial.connected)
+        self.atOnce(lambda: backend.endpoint)
         self.assertEqual((self.reactor.writers, self.reactor.getDelayedCalls()), (set(), []))
 
     def test_eager(self) -> None:
         """The handshake's last word goes with the first bytes, and the endpoint hears of both at once."""
-        listener = openListener("IPv4", 0)
-        self.addCleanup(listener.close)
-        dial = self.dialer.dial(Endpoint("127.0.0.1", listener.getsockname()[1]), 1.0, self, True)
-        self.addCleanup(dial.socket.close)
-        self.assertTrue(dial.connected)
-        self.assertRaises(BlockingIOError, listener.accept)
+        listeners = []
+
+        def listen() -> Endpoint:
+            listeners.append(openListener("IPv4", 0))
+            self.addCleanup(listeners[-1].close)
+            return Endpoint("127.0.0.1", listeners[-1].getsockname()[1])
+
+        dial = self.atOnce(listen, True)
+        self.assertRaises(BlockingIOError, listeners[-1].accept)
         dial.socket.send(b"question")
-        accepted, _ = listener.accept()
+        arrived(listeners[-1])
+        accepted, _ = listeners[-1].accept()
         self.addCleanup(accepted.close)
         self.assertEqual(accepted.recv(100), b"question")
 
