@@ -148,7 +148,7 @@ class Daemon(Program):
             self.stop()
             raise AssertionError(f"kproxy in {self.name}: {error}; its log:\n{self.log()}") from None
 
-    def get(self, url: str, timeout: float = 5) -> tuple[int, dict[str, str], bytes]:
+    def get(self, url: str, timeout: float = 10) -> tuple[int, dict[str, str], bytes]:
         """An HTTP request from its namespace."""
         return self.rig.http(self.name, url, timeout=timeout)
 

@@ -8,6 +8,15 @@ import time
 from typing import Any
 
 
+def isRunning(pid: int) -> bool:
+    """Whether there is such a process. One that has ended may stay until its parent, or who inherits it, asks."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 def waitFor(what: Any, seconds: float = 10, step: float = 0.02, stop: threading.Event | None = None) -> Any:
     """
     Ask until the answer is true, and give it. For tests that wait for another process.

@@ -24,6 +24,7 @@ from twisted.trial.unittest import SkipTest, TestCase
 
 from tests.fakes.daemon import ApiProcess, Backend, Daemon
 from tests.fakes.network import SmallRig, waitFor
+from tests.fakes.waiting import isRunning
 from tests.integration.world import service, slices
 from tests.shared.namespaces import canMakeNamespaces
 
@@ -307,6 +308,8 @@ class WorkerTests(EngineCase):
         self.workersReady(daemon)
         for place in ("x", "n0", "p0b"):
             self.assertEqual(len({self.curl(place, HOST4) for _ in range(6)}), 1, place)
+        # The last of those may have ended for its client, and not yet for the worker.
+        waitFor(lambda: self.status(daemon)["relay"]["active"] == 0, 10)
         held = self.hold(7)
         status = self.status(daemon)
         self.assertEqual(sorted(self.active(daemon).values()), [0, 7])
@@ -334,8 +337,7 @@ class WorkerTests(EngineCase):
         self.assertEqual(client.recv(100), b"still here")
         client.close()
         daemon.process.wait(15)
-        for pid in pids:
-            waitFor(lambda pid=pid: not os.path.exists(f"/proc/{pid}"), 5)  # type: ignore[misc]
+        self.ended(pids)
         daemon.assertNoTraceback()
 
     def test_killedDaemon(self) -> None:
@@ -343,8 +345,12 @@ class WorkerTests(EngineCase):
         daemon = self.start("workers = 2")
         pids = self.workersReady(daemon)
         daemon.stop(signal.SIGKILL)
+        self.ended(pids)
+
+    def ended(self, pids: list[int]) -> None:
+        """Until these are no more; who has inherited them from their daemon may be in no hurry to notice."""
         for pid in pids:
-            waitFor(lambda pid=pid: not os.path.exists(f"/proc/{pid}"), 10)  # type: ignore[misc]
+            waitFor(lambda pid=pid: not isRunning(pid), 10)  # type: ignore[misc]
 
 
 class AccessLogTests(EngineCase):

@@ -59,6 +59,10 @@ class KubectlTests(TestCase):
         wanted = {whom} if isinstance(whom, str) else whom
         waitFor(lambda: self.world.curl(place, url, 0.5) in wanted, 20)
 
+    def watched(self) -> set[str]:
+        """The label selectors of all watches that were begun."""
+        return {it["query"].get("labelSelector", "") for it in self.world.api.requests() if it["verb"] == "watch"}
+
     def patch(self, name: str, patch: Any, type: str = "strategic") -> None:
         self.kubectl("patch", "service", name, f"--type={type}", "-p", json.dumps(patch))
 
@@ -185,7 +189,8 @@ class KubectlTests(TestCase):
         self.addCleanup(self.kubectl.stop, table)
         plain = self.kubectl.watch("endpointslices", "-l", "kubernetes.io/service-name=watched", "-o", "name")
         self.addCleanup(self.kubectl.stop, plain)
-        waitFor(lambda: self.world.api.state()["watches"] >= 4 or None, 10)  # two of kproxy, at least
+        selectors = {"app=watched", "kubernetes.io/service-name=watched"}
+        waitFor(lambda: selectors <= self.watched(), 20)
         it = service("watched")
         it["metadata"]["labels"] = {"app": "watched"}
         self.kubectl("create", "-f", "-", input=[it, *slices(self.rig, "watched", "p0a")])

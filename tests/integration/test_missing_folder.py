@@ -61,7 +61,7 @@ class MissingFolderTests(TestCase):
         self.assertFalse(status["sync"]["inForce"])
         self.assertEqual([(it["kind"], it["key"]) for it in status["problems"]], [("source local", self.folder)])
         self.assertEqual(self.faults(second), ["1.0"])
-        self.assertIn("does not exist; until it has been read, rules stay as they are", second.log())
+        second.waitUntil(lambda: "does not exist; until it has been read, rules stay as they are" in second.log())
         self.assertEqual(self.rules(), before)
         os.rename(away, self.folder)
         second.waitUntil(lambda: self.status(second)["sync"]["inForce"])

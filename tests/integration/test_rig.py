@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import http.client
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -18,13 +19,23 @@ from twisted.internet.defer import Deferred, inlineCallbacks
 from twisted.internet.threads import deferToThread
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
-from ..fakes import netns, network
+from ..fakes import network
 from ..fakes.apiserver import FakeApi
 from ..fakes.daemon import ApiProcess, Backend, Daemon, Program
 from ..fakes.network import Rig, RigError, SmallRig, waitFor
+from ..fakes.waiting import isRunning
 from ..unit.test_fakes_apistore import service
 
 ROOT_NEEDED = "" if os.geteuid() == 0 else "network namespaces need root"
+
+
+def work() -> float:
+    """
+    Seconds of processor time of this thread and of the programs that it has waited for: what something takes on a
+    machine with nothing else to do.
+    """
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.thread_time() + children.ru_utime + children.ru_stime
 
 
 def ask(rig: network.Network, name: str, address: str, port: int, text: str = "hi") -> str:
@@ -40,9 +51,9 @@ class RigTests(SynchronousTestCase):
     skip = ROOT_NEEDED or None
 
     def setUp(self) -> None:
-        start = time.monotonic()
+        start = work()
         self.rig = Rig()
-        self.took = time.monotonic() - start
+        self.took = work() - start
         self.addCleanup(self.rig.close)
 
     def backends(self, *names: str) -> None:
@@ -50,8 +61,8 @@ class RigTests(SynchronousTestCase):
             Backend(self.rig, name, tcp=[8080], udp=[5353], http=[80])
 
     def test_built(self) -> None:
-        """It is built in less than two seconds."""
-        self.assertLess(self.took, 2)
+        """Building it is less than half a second's work."""
+        self.assertLess(self.took, 0.5)
 
     def test_podToPod(self) -> None:
         """A pod reaches pods on its own node and on the other one, in both families, with its own address."""
@@ -186,13 +197,12 @@ class RigTests(SynchronousTestCase):
 
     def test_apiProcess(self) -> None:
         """The fake API server runs beside the nodes and is scripted from here; 1,500 changes are quick."""
+        start = work()
         api = ApiProcess(self.rig, options=["--bookmark-seconds", "5"])
         self.addCleanup(api.stop)
         self.assertEqual(api.url, "http://192.0.2.4:6443")
-        start = time.monotonic()
         api.apply(*(service(f"s{n}") for n in range(500)))
         api.apply(*(service(f"s{n % 500}", a=n) for n in range(1000)))
-        self.assertLess(time.monotonic() - start, 5)
         status, _, body = self.rig.http("n0", f"{api.url}/api/v1/services")
         self.assertEqual((status, body.count(b'"resourceVersion"')), (200, 501))
         self.assertEqual([it["verb"] for it in api.requests()], ["list"])
@@ -203,6 +213,7 @@ class RigTests(SynchronousTestCase):
         api.fake("resume")
         self.assertEqual(self.rig.http("n0", f"{api.url}/readyz")[0], 200)
         self.assertEqual(api.stop(), 0)
+        self.assertLess(work() - start, 2)
         api.assertNoTraceback()
 
     def refused(self, name: str, address: str, port: int) -> bool:
@@ -244,11 +255,11 @@ class SmallRigTests(SynchronousTestCase):
         return [name for name in os.listdir("/run/netns") if name.startswith(prefix)]
 
     def test_small(self) -> None:
-        """It is built in less than 0.6 s; the pod and the host outside reach the node, and each other's family."""
-        start = time.monotonic()
+        """Building it is less than 0.3 s of work; pod and host outside reach the node, and each other's family."""
+        start = work()
         rig = SmallRig()
         self.addCleanup(rig.close)
-        self.assertLess(time.monotonic() - start, 0.6)
+        self.assertLess(work() - start, 0.3)
         Backend(rig, "n0", tcp=[8080])
         Backend(rig, "p0a", tcp=[8080])
         for family in (4, 6):
@@ -306,11 +317,7 @@ class SmallRigTests(SynchronousTestCase):
         died.stdin.close()
         SmallRig().close()
         self.assertEqual(self.namespaces(prefix), [])
-        waitFor(lambda: not netns.isAlive(netns.identity(int(pid))) or self.zombie(int(pid)))
-
-    def zombie(self, pid: int) -> bool:
-        with open(f"/proc/{pid}/stat", encoding="ascii") as file:
-            return file.read().rpartition(")")[2].split()[0] == "Z"
+        waitFor(lambda: not isRunning(int(pid)))
 
     def test_cannotBuild(self) -> None:
         """What the tool said is in the error, and nothing is left."""
@@ -345,13 +352,13 @@ class BackendTests(SynchronousTestCase):
         return client.makefile("rb").read()
 
     def test_start(self) -> None:
-        """It is ready quickly, and says why when it cannot listen."""
-        start = time.monotonic()
+        """It starts with little work, and says why when it cannot listen."""
+        start = work()
         backend = Backend(self.rig, "n0", tcp=[8080])
-        self.assertLess(time.monotonic() - start, 1)
         error = self.assertRaises(AssertionError, Backend, self.rig, "n0", tcp=[8080])
         self.assertIn("cannot listen on tcp 0.0.0.0:8080: Address already in use", str(error))
         self.assertEqual(backend.stop(), 0)
+        self.assertLess(work() - start, 1)  # of both
 
     def test_line(self) -> None:
         """Each line is answered with the backend's name and the client's address; CR LF will do."""
@@ -402,7 +409,8 @@ class BackendTests(SynchronousTestCase):
 
     def test_reset(self) -> None:
         """It resets at once, or at the first bytes."""
-        self.assertRaises(ConnectionResetError, self.backend("rst").recv, 1)
+        # Already while connecting, where the backend is quicker than our return from it.
+        self.assertRaises(ConnectionResetError, lambda: self.backend("rst").recv(1))
         client = self.backend("rst-on-data", port=8081)
         client.settimeout(0.2)
         self.assertRaises(TimeoutError, client.recv, 1)
@@ -413,9 +421,10 @@ class BackendTests(SynchronousTestCase):
     def test_slow(self) -> None:
         """It answers byte by byte."""
         client = self.backend("slow", "--slow-seconds", "0.05")
-        client.sendall(b"hi\n")
         start = time.monotonic()
-        self.assertEqual(b"".join(client.recv(100) for _ in range(3)), b"n0 ")
+        client.sendall(b"hi\n")
+        # One by one: several may have come by the time that we look.
+        self.assertEqual(b"".join(client.recv(1) for _ in range(3)), b"n0 ")
         self.assertGreater(time.monotonic() - start, 0.08)
 
     def test_source(self) -> None:

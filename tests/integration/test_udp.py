@@ -399,7 +399,7 @@ class LoopbackMixin:
     async def test_idle(self) -> None:
         """Flows end after the idle time, and their sockets with them."""
         self.proxier.stopListening()
-        self.proxier = self.makeProxier(idleTimeout=0.5)
+        self.proxier = self.makeProxier(idleTimeout=1.5)
         self.balancer.pool = [self.endpoint()[1]]
         clients = [self.client() for _ in range(20)]
         before = datagramSockets()

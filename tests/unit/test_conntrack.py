@@ -6,7 +6,7 @@ import socket
 import struct
 from typing import Any
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
@@ -92,6 +92,7 @@ class FlowTests(SynchronousTestCase):
         self.assertIsNone(decode(attribute(1 | NESTED, side("10.0.0.1", 1, "10.0.0.2", 2))))
         self.assertIsNone(decode(attribute(1 | NESTED, b"") + attribute(2 | NESTED, b"")))
 
+    @settings(deadline=None)
     @given(st.binary(max_size=120))
     def test_anyBytes(self, data: bytes) -> None:
         """Whatever comes is read without an error."""
@@ -158,6 +159,7 @@ class ScannerTests(SynchronousTestCase):
         self.assertEqual(len(expected), 9)
         self.assertEqual(found, expected)
 
+    @settings(deadline=None)
     @given(st.lists(st.binary(max_size=160)), st.binary(max_size=40))
     def test_anything(self, answers: list[bytes], rest: bytes) -> None:
         """Whatever comes, no error, and nothing that reading with care would not give."""

@@ -9,7 +9,7 @@ import struct
 from collections.abc import Sequence
 from ipaddress import ip_address
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
@@ -180,12 +180,14 @@ class SocketTests(SynchronousTestCase):
 class ParsingTests(SynchronousTestCase):
     """Bytes from outside."""
 
+    @settings(deadline=None)
     @given(st.binary(max_size=200))
     def test_anyBytes(self, data: bytes) -> None:
         """Whatever comes is read to its end, without an error."""
         list(messages(data))
         list(attributes(data))
 
+    @settings(deadline=None)
     @given(st.lists(st.tuples(st.integers(1, 0x3FFF), st.binary(max_size=40)), max_size=8))
     def test_attributes(self, pairs: list[tuple[int, bytes]]) -> None:
         """Attributes come back as they were written."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
@@ -114,6 +114,7 @@ class NetworkTests(SynchronousTestCase):
         """What is no network is named."""
         self.assertIn("10.244.0.0/33", str(self.assertRaises(ValueError, canonicalNetworks, ["10.244.0.0/33"])))
 
+    @settings(deadline=None)
     @given(st.lists(st.ip_addresses(network="10.0.0.0/27"), max_size=12), st.lists(st.integers(27, 32), max_size=12))
     def test_sameAddresses(self, addresses: list[ipaddress.IPv4Address], lengths: list[int]) -> None:
         """The canonical networks have exactly the addresses of those given, and are their own canonical form."""
