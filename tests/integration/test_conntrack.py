@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import socket
-import time
 from collections.abc import Callable, Iterator
 
 from twisted.internet import reactor
 from twisted.trial.unittest import SkipTest, TestCase
 
-from tests.fakes.network import SmallRig
+from tests.fakes.network import SmallRig, waitFor
 from tests.shared.echo import EchoServers
 from tests.shared.flows import plant
 from tests.shared.namespaces import Namespace, canMakeNamespaces
+from tests.shared.processor import spent
 from tests.shared.writers import key, same
 from twisted_kproxy.core.rules import Rule, Ruleset, Target
 from twisted_kproxy.core.values import FAMILIES, Family, FrontendKey
@@ -133,6 +133,8 @@ class FlowsTests(TestCase):
         await self.writer.replace(Ruleset())
         it = self.client("IPv4", CLUSTER["IPv4"], 53)
         it.send(b"lost")
+        # The pod may have to look for the node first.
+        waitFor(lambda: "dport=53 " in self.rig.run("n0", ["conntrack", "-L", "-p", "udp"]).stdout)
         await self.lead("new")
         self.assertEqual(await self.flows.forget({key(CLUSTER["IPv4"], 53, "UDP"): frozenset()}), 1)
         self.assertEqual(self.says(it), "new")
@@ -180,20 +182,20 @@ class ManyFlowsTests(TestCase):
 
     async def test_amongHundredThousand(self) -> None:
         """
-        Of a hundred thousand flows, two hundred to one frontend are found and deleted in less time than the conntrack
-        program takes; and so are two hundred to as many frontends.
+        Of a hundred thousand flows, two hundred to one frontend are found and deleted at less cost than the conntrack
+        program has; and two hundred to as many frontends are, too.
         """
         self.plant(100_000, lambda n: f"10.97.{n % 4}.{n // 4 % 250 + 1}", "192.0.2.2")
-        begun = time.monotonic()
+        begun = spent()
         self.space.run("conntrack", "-D", "-p", "udp", "--orig-dst", "10.96.0.10", check=False)
-        theirs = time.monotonic() - begun
+        theirs = spent() - begun
         where = key("10.96.0.10", 53, "UDP")
         for keys in ([where], [key(f"10.96.1.{n + 1}", 53, "UDP") for n in range(200)]):
             self.plant(200, lambda n, keys=keys: keys[n % len(keys)].address, "192.0.2.3", "10.2")  # type: ignore[misc]
-            begun = time.monotonic()
+            begun = spent()
             self.assertEqual(await self.flows.forget({it: frozenset() for it in keys}), 200)
             if len(keys) == 1:
-                self.assertLess(time.monotonic() - begun, theirs)
+                self.assertLess(spent() - begun, theirs)
         self.assertEqual(int(self.space.run("conntrack", "-C")), 100_000)
 
     async def test_addressesOfSix(self) -> None:

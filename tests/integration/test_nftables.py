@@ -182,7 +182,7 @@ class NftablesWriterTests(InNamespace, hardships.Hardships, KernelWriterTests, T
             writer.watch(lambda told=told: None if told.called else told.callback(None))
             self.namespace.run("nft", "-f", "-", stdin=foreign)
             self.assertNotEqual(self.namespace.run("nft", "list", "table", "inet", "kproxy"), before)
-            await told.addTimeout(5, reactor)
+            await told.addTimeout(self.patience, reactor)
             # Also one who has not watched knows.
             repairer = self.makeWriter()
             self.assertIsNone(await repairer.adopt())
@@ -206,15 +206,15 @@ class NftablesWriterTests(InNamespace, hardships.Hardships, KernelWriterTests, T
             "add element inet kproxy service-networks4 { 10.100.0.0/16 }",
         ):
             self.namespace.run("nft", "-f", "-", stdin=foreign)
-            await deferLater(reactor, 0.2, lambda: None)
-            self.assertEqual((foreign, told), (foreign, [True]))
+            await self.until(lambda: told, self.patience)
             found = await writer.adopt()
             self.assertTrue(found is None or deltaBetween(found, SAMPLE), foreign)
             await writer.replace(SAMPLE)
             self.assertFalse(deltaBetween(await writer.adopt(), SAMPLE), foreign)
+            self.assertEqual((foreign, told), (foreign, [True]))
             told.clear()
         self.namespace.run("nft", "delete element inet kproxy service-ips4 { 10.96.0.10 . tcp . 80 }")
-        await deferLater(reactor, 0.2, lambda: None)
+        await self.until(lambda: told, self.patience)
         self.assertEqual(told, [True])
         found = await writer.adopt()
         self.assertEqual(deltaBetween(found, SAMPLE).rules, {key("10.96.0.10", 80): same(to(40001))})
@@ -229,6 +229,7 @@ class NftablesWriterTests(InNamespace, hardships.Hardships, KernelWriterTests, T
         await deferLater(reactor, 0.2, lambda: None)
         self.assertEqual(told, [])
         self.disturb()
+        await self.until(lambda: told, self.patience)
         await deferLater(reactor, 0.2, lambda: None)
         self.assertEqual(told, [True])
 
@@ -570,19 +571,34 @@ class SourcesTests(InNamespace, TestCase):
 
 
 class Lateness:
-    """How late a 2 ms timer of the reactor is at the most."""
+    """How late a 2 ms timer of the reactor is at the most, but for what this process has waited for a processor."""
 
     def __init__(self) -> None:
         self.worst = 0.0
         self.due = 0.0
+        self.waited = 0.0
         self.call: Any = None
 
+    @staticmethod
+    def waiting() -> float:
+        """Seconds that threads of this process were ready to run, and did not: whoever has the GIL may be one."""
+        nanoseconds = 0
+        for path in Path("/proc/self/task").glob("*/schedstat"):
+            try:
+                nanoseconds += int(path.read_text().split()[1])
+            except OSError:  # it has ended
+                continue
+        return nanoseconds / 1e9
+
     def start(self) -> None:
+        self.waited = self.waiting()
         self.due = time.monotonic() + 0.002
         self.call = reactor.callLater(0.002, self.tick)  # type: ignore[attr-defined]
 
     def tick(self) -> None:
-        self.worst = max(self.worst, time.monotonic() - self.due)
+        late = time.monotonic() - self.due
+        if late > self.worst:
+            self.worst = max(self.worst, late - max(0.0, self.waiting() - self.waited))
         self.start()
 
     def stop(self) -> None:
@@ -590,15 +606,21 @@ class Lateness:
             self.call.cancel()
 
 
-#: What keeps the machine busy, and tells for how long it was kept waiting itself: that is not the reactor's fault.
+#: What keeps the machine busy, and tells for how long it stood still without waiting for a processor, as where the
+#: machine is a virtual one: that is not the reactor's fault.
 SPINNER = """
 import time
-last = time.monotonic()
-while True:
-    now = time.monotonic()
-    if now - last > 0.005:
-        print(now - last, flush=True)
-    last = now
+with open("/proc/self/schedstat") as file:
+    def waited():
+        file.seek(0)
+        return int(file.read().split()[1]) / 1e9
+    while True:
+        was, before = waited(), time.monotonic()
+        for _ in range(100):
+            stood = time.monotonic() - before
+        stood -= waited() - was
+        if stood > 0.005:
+            print(stood, flush=True)
 """
 
 
@@ -676,7 +698,7 @@ class PlaneTests(InNamespace, TestCase):
         expected = Ruleset({key("10.96.0.1", 80): same(to(40001))}, guards, frozenset({"10.96.0.1"}))
         self.assertEqual(await self.makeWriter().adopt(), expected)
         self.namespace.run("nft", "flush", "ruleset")
-        await told.addTimeout(2, reactor)
+        await told.addTimeout(10, reactor)
         await plane.onUpdate(Update(current, current))
         self.assertEqual(await self.makeWriter().adopt(), expected)
         await plane.stop(0)
