@@ -30,7 +30,7 @@ writer = {writer}
 [userspace]
 drain-timeout = 0s
 """
-SECONDS = 10
+SECONDS = 20
 
 
 class Addresses:
@@ -71,10 +71,10 @@ class Addresses:
         for line in lines:
             self.rig.run("n0", ["ip", *line.split()])
 
-    def served(self, place: str, host: str, port: int) -> bool:
+    def served(self, place: str, host: str, port: int, timeout: float = 1) -> bool:
         where = f"[{host}]" if ":" in host else host
         try:
-            return self.rig.http(place, f"http://{where}:{port}/", timeout=1)[0] == 200
+            return self.rig.http(place, f"http://{where}:{port}/", timeout=timeout)[0] == 200
         except OSError:
             return False
 
@@ -111,7 +111,7 @@ class Addresses:
         )
         self.expectServed("p0a", six, 80)
         self.expectServed("x", "2001:db8:2::2", NODE_PORT)
-        self.assertTrue(self.served("p0a", four, 80))  # type: ignore[attr-defined]
+        self.assertTrue(self.served("p0a", four, 80, SECONDS))  # type: ignore[attr-defined]
         self.daemon.assertNoTraceback()
 
     def test_podsComeAndGo(self) -> None:
@@ -121,7 +121,7 @@ class Addresses:
         lines = [f"link add t{number} type veth peer name u{number}" for number in range(100)]
         lines += [f"link set t{number} up" for number in range(100)]
         lines += [f"link del t{number}" for number in range(100)]
-        self.rig.run("n0", ["ip", "-batch", "-"], input="\n".join(lines))
+        self.rig.run("n0", ["ip", "-batch", "-"], input="\n".join(lines), timeout=90)
         self.ip("addr add 192.0.2.78/24 dev eth0")  # not the one that the node talks from
         self.expectServed("p0a", self.service["spec"]["clusterIPs"][0], 80)
         self.assertEqual(self.syncs(), before)  # type: ignore[attr-defined]

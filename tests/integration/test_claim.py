@@ -118,7 +118,7 @@ class TwoDaemonsTests(TestCase):
         before = self.rules()
         elsewhere = "[health]\nbind = 127.0.0.1:20256\n[metrics]\nbind = 127.0.0.1:20249\n"
         second = Daemon(self.rig, "n0", self.config + elsewhere, waitFor=None)
-        waitFor(lambda: second.process.poll() is not None, 20)
+        waitFor(lambda: second.process.poll() is not None, 30)
         self.assertEqual(second.stop(), 1)
         [line] = [line for line in second.log().splitlines() if "cannot run" in line]
         self.assertIn(f"another kproxy (process {first.pid}) writes rules", line)
@@ -150,7 +150,6 @@ class TwoDaemonsTests(TestCase):
             self.rig.run("n0", ["nft", "delete", "table", "inet", "kproxy"])
             daemon.waitUntil(lambda count=count: daemon.log().count("Somebody else") == count)  # type: ignore[misc]
             waitFor(lambda: self.rules() == before, 10)
-        daemon.process.send_signal(signal.SIGTERM)
-        daemon.waitUntil(lambda: "cut" in daemon.log())  # it has drained for a while
-        daemon.process.wait(10)
+        self.assertEqual(daemon.stop(), 0)
+        self.assertIn("cut", daemon.log())  # it has drained for a while
         self.assertEqual(daemon.log().count("Somebody else"), 3)

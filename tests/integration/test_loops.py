@@ -102,7 +102,7 @@ class Loops:
     def status(daemon: Daemon) -> Any:
         return json.loads(daemon.get("http://127.0.0.1:10249/status")[2])
 
-    def ask(self, place: str, address: str, protocol: str, seconds: float = 3) -> str:
+    def ask(self, place: str, address: str, protocol: str, seconds: float = 10) -> str:
         """Who answers, or the error's name."""
         kind, port = (socket.SOCK_STREAM, TCP) if protocol == "TCP" else (socket.SOCK_DGRAM, UDP)
         with self.rig.socketIn(place, socket.AF_INET6 if ":" in address else socket.AF_INET, kind) as it:
@@ -144,7 +144,7 @@ class Loops:
         daemon = self.start({"PYTHONPATH": folder})
         node = self.rig.address("n0")
         with self.rig.socketIn("p0a") as it:
-            it.settimeout(5)
+            it.settimeout(10)
             it.connect((node, TCP))
 
             def descriptors() -> bool:

@@ -22,7 +22,7 @@ from twisted_kproxy.netfilter.xt.writer import IptablesWriter
 class RestoreCase:
     """A namespace, and writers that live in it."""
 
-    timeout = 120
+    timeout = 300
     variant: Literal["legacy", "nft"]
 
     def setUp(self) -> None:

@@ -24,7 +24,7 @@ from tests.shared.flows import plant
 UDP = [{"name": "dns", "port": 53, "protocol": "UDP"}]
 UDP_SLICE = [{"name": "dns", "port": PORT, "protocol": "UDP"}]
 #: The end-to-end tests of Kubernetes give a client 60.
-SECONDS = 5
+SECONDS = 20
 
 
 class StaleFlowsTests(TestCase):
@@ -188,7 +188,7 @@ class StaleFlowsTests(TestCase):
         with self.rig.open("n0"):
             self.assertEqual(plant(socket.socket, flows), len(flows))
         self.world.daemon = self.world.startDaemon()
-        self.assertIn("stale UDP flows were forgotten", self.world.daemon.log())
+        self.world.daemon.waitUntil(lambda: "stale UDP flows were forgotten" in self.world.daemon.log())
         left = self.rig.run("n0", ["conntrack", "-L", "-p", "udp"]).stdout
         for number, stays in ((5000, False), (5001, False), (5002, True), (5003, False), (5004, True)):
             self.assertIs(f"sport={number} " in left, stays, number)

@@ -57,7 +57,7 @@ class SwitchTests(TestCase):
 
     def curl(self) -> str:
         url = f"http://10.96.7.7:{TCP}/"
-        done: Any = self.rig.run("p0a", ["curl", "-sS", "-m", "3", url], check=False)
+        done: Any = self.rig.run("p0a", ["curl", "-sS", "-m", "10", url], check=False)
         return done.stdout.split()[0] if done.stdout else done.stderr
 
     def test_switch(self) -> None:
@@ -71,7 +71,7 @@ class SwitchTests(TestCase):
             ("python-iptables", legacy),  # the same rules, adopted
         ):
             daemon = self.start(writer)
-            waitFor(lambda expected=expected: self.traces() == expected, 10)  # type: ignore[misc]
+            waitFor(lambda expected=expected: self.traces() == expected, 30)  # type: ignore[misc]
             self.assertEqual((writer, self.curl()), (writer, "p0a"))
             daemon.assertNoTraceback()
             daemon.stop(signal.SIGKILL)

@@ -43,6 +43,11 @@ class Namespace:
         """Start a command in here. The caller ends it."""
         return subprocess.Popen([*self.prefix, *argv], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
 
+    def processes(self) -> list[str]:
+        """The numbers of those that run in here."""
+        argv = ["ip", "netns", "pids", self.name]
+        return subprocess.run(argv, check=True, capture_output=True, text=True, timeout=60).stdout.split()
+
     def socket(self, family: int, kind: int, protocol: int = 0) -> socket.socket:
         """A socket that lives in here, whatever namespace the calling thread is in."""
         home = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)

@@ -122,7 +122,7 @@ class WriterTests:
     """
 
     bulk = 5000
-    patience = 10.0
+    patience = 30.0
 
     # --- what a concrete suite gives ---
 
