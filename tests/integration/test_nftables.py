@@ -387,6 +387,25 @@ class KernelErrorTests(InNamespace, TestCase):
         self.assertFalse(writer.usesNetlink)
         self.assertEqual(await self.makeWriter().adopt(), SAMPLE)
 
+    async def test_changedBeforeItIsRead(self) -> None:
+        """What somebody else has changed before it was read back tells nothing of our own messages."""
+        for damage in (
+            "delete element inet kproxy service-ips4 { 10.96.0.10 . tcp . 80 }", "delete table inet kproxy",
+        ):
+            writer = self.makeWriter()
+            real = writer._elements.collect
+
+            def collect(damage: str = damage, writer: NftablesWriter = writer, real: Any = real) -> Any:
+                writer._elements.collect = real  # type: ignore[method-assign]
+                self.namespace.run("nft", damage)
+                return real()
+
+            writer._elements.collect = collect  # type: ignore[method-assign]
+            await writer.replace(SAMPLE)
+            self.assertEqual(await self.makeWriter().adopt(), SAMPLE)
+            self.assertTrue(writer.usesNetlink, damage)
+            await writer.cleanup()
+
 
     async def test_misfits(self) -> None:
         """

@@ -263,7 +263,12 @@ class NftablesWriter:
             await self._loadText(step, wanted if problem else None)
             if problem:
                 self._known = None
-                await self._verify(ruleset)
+                if await self._misread(ruleset):
+                    # Somebody else may have changed something meanwhile; that does not happen twice.
+                    await self._loadText(step, wanted)
+                    why = await self._misread(ruleset)
+                    if why:
+                        self._distrust(why)
         self._known = _Known(ruleset)
 
     async def _mend(self, whole: Step) -> bool:
@@ -293,19 +298,22 @@ class NftablesWriter:
                 return False
         return False
 
-    async def _verify(self, ruleset: Ruleset) -> None:
-        """What ``nft`` has written tells whether netlink messages of our own mean the same."""
+    async def _misread(self, ruleset: Ruleset) -> str:
+        """
+        What ``nft`` has written tells whether netlink messages of our own mean the same.
+
+        :return: how it reads otherwise; ``""`` where it does not.
+        """
         if not self.usesNetlink:
-            return
+            return ""
         try:
             found = await self._readElements(ruleset.locality.insiderLinks)
         except Interrupted:
-            return
+            return ""
         except (OSError, Unreadable) as error:
-            self._distrust(repr(error))
-            return
-        if await inSlices(self._reactor, differing(ruleset, found)):
-            self._distrust("what nft has written reads otherwise")
+            return repr(error)
+        differs = await inSlices(self._reactor, differing(ruleset, found))
+        return "what nft has written reads otherwise" if differs else ""
 
     async def _send(self, step: Step, elements: Elements | None = None) -> None:
         """
