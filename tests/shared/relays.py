@@ -7,6 +7,7 @@ sockets in between, these see only TCP.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -15,6 +16,7 @@ import select
 import socket
 import struct
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -194,6 +196,30 @@ class RelaySuite:
         verifyObject(IRelay, relay)
         status = json.loads(json.dumps(relay.status()))
         self.equal((status["active"], bool(status["engine"])), (0, True))
+
+    async def test_noCircles(self) -> None:
+        """Who is told of a connection's end, and has kept how to cut it, is then gone without the garbage collector."""
+        client, clientSide = tcpPair()
+        backend, backendSide = tcpPair()
+        over: Deferred[Outcome] = Deferred()
+
+        class Owner:
+            def __init__(self, relay: Any) -> None:
+                self.cut = relay.relay(clientSide, backendSide, b"early", self.ended)
+
+            def ended(self, outcome: Outcome) -> None:
+                over.callback(outcome)
+
+        gc.disable()
+        try:
+            owner: Any = weakref.ref(Owner(self.makeRelay(self.reactor)))
+            client.close()
+            backend.close()
+            await over
+            await self.pause(0)
+            self.equal(owner(), None)
+        finally:
+            gc.enable()
 
     async def test_parallelEchoes(self) -> None:
         """Random bytes come back as they went, on many connections at once, and are counted to the byte."""

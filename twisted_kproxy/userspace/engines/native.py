@@ -52,6 +52,17 @@ class _Open:
         if self.relay is not None:
             self.relay.cut(self.number)
 
+    def over(self) -> Callable[[Outcome], None]:
+        """
+        It has ended. No circles: whoever is told of that has :meth:`cut`.
+
+        :return: whom to tell.
+        """
+        ended = self.ended
+        self.relay = None
+        del self.ended
+        return ended
+
 
 @implementer(IRelay, IReadDescriptor)
 class NativeRelay:
@@ -192,8 +203,7 @@ class NativeRelay:
                 return
 
     def _end(self, number: int, outcome: Outcome) -> None:
-        it = self._open.pop(number)
-        it.relay = None
+        ended = self._open.pop(number).over()
         self._free.append(number)
         if not self._open:
             if self._timer is not None:
@@ -202,7 +212,7 @@ class NativeRelay:
             self._reading = False
             self._reactor.removeReader(self)
         try:
-            it.ended(outcome)
+            ended(outcome)
         except Exception:
             self.log.failure("After a connection had ended")
 

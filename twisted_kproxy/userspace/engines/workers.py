@@ -50,6 +50,17 @@ class _Open:
         if self.worker is not None:
             self.worker.cut(self.number)
 
+    def over(self) -> Callable[[Outcome], None]:
+        """
+        It has ended. No circles: whoever is told of that has :meth:`cut`.
+
+        :return: whom to tell.
+        """
+        ended = self.ended
+        self.worker = None
+        del self.ended
+        return ended
+
 
 @implementer(IReadDescriptor)
 class _Worker(ProcessProtocol):
@@ -163,9 +174,9 @@ class _Worker(ProcessProtocol):
         it = self.open.pop(number, None)
         if it is None:
             return
-        it.worker = None
+        ended = it.over()
         try:
-            it.ended(outcome)
+            ended(outcome)
         except Exception:
             self.log.failure("After a connection had ended")
 
