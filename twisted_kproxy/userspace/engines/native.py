@@ -23,6 +23,7 @@ from zope.interface import implementer
 
 from ...core.values import Outcome
 from ...interfaces import IRelay, NotAvailable
+from .handed import Handed
 from .poller import Poller
 from .splice import MOST
 
@@ -30,38 +31,6 @@ _REASONS = ("done", "client-reset", "backend-reset", "client-timeout", "backend-
 _SWEEP = 15.0
 #: Endings that are told at a time.
 _ENDINGS = 256
-
-
-class _Open:
-    """
-    A connection that C has.
-
-    :ivar number: under which C knows it; used again once it has ended.
-    :ivar relay: ``None`` once it has ended.
-    """
-
-    __slots__ = ("ended", "number", "relay")
-
-    def __init__(self, relay: NativeRelay, number: int, ended: Callable[[Outcome], None]) -> None:
-        self.relay: NativeRelay | None = relay
-        self.number = number
-        self.ended = ended
-
-    def cut(self) -> None:
-        """Reset both sides."""
-        if self.relay is not None:
-            self.relay.cut(self.number)
-
-    def over(self) -> Callable[[Outcome], None]:
-        """
-        It has ended. No circles: whoever is told of that has :meth:`cut`.
-
-        :return: whom to tell.
-        """
-        ended = self.ended
-        self.relay = None
-        del self.ended
-        return ended
 
 
 @implementer(IRelay, IReadDescriptor)
@@ -94,7 +63,7 @@ class NativeRelay:
             raise NotAvailable("it gets no descriptors or no memory")
         self._pump = ffi.gc(pump, lib.pump_free)
         self._endings = ffi.new("struct ended[]", _ENDINGS)
-        self._open: dict[int, _Open] = {}
+        self._open: dict[int, Handed] = {}
         self._free: list[int] = []
         self._reading = self._stopped = False
         self._goingOn = False
@@ -121,7 +90,7 @@ class NativeRelay:
             self._reactor.addReader(self)
         if self._timer is None:
             self._timer = self._reactor.callLater(_SWEEP, self._sweep)
-        it = self._open[number] = _Open(self, number, ended)
+        it = self._open[number] = Handed(self, number, ended)
         over = self._lib.pump_add(self._pump, number, client.detach(), backend.detach(), early, len(early))
         if over < 0:
             self._end(number, Outcome("aborted", 0, 0))

@@ -25,6 +25,7 @@ from zope.interface import implementer
 from ...core.values import Outcome
 from ...interfaces import IRelay
 from .channel import LARGEST, Cut, Pair, decodeEndings
+from .handed import Handed
 from .poller import Poller
 
 #: Seconds before a worker that has ended is replaced: at first, and at the most.
@@ -33,33 +34,6 @@ SOON, LATE = 0.1, 10.0
 SETTLED = 30.0
 _BUFFER = 1 << 20
 _MESSAGES = 64
-
-
-class _Open:
-    """A connection that a worker has; ``worker`` is ``None`` once it has ended."""
-
-    __slots__ = ("ended", "number", "worker")
-
-    def __init__(self, worker: _Worker, number: int, ended: Callable[[Outcome], None]) -> None:
-        self.worker: _Worker | None = worker
-        self.number = number
-        self.ended = ended
-
-    def cut(self) -> None:
-        """Reset both sides; how it ended the worker tells."""
-        if self.worker is not None:
-            self.worker.cut(self.number)
-
-    def over(self) -> Callable[[Outcome], None]:
-        """
-        It has ended. No circles: whoever is told of that has :meth:`cut`.
-
-        :return: whom to tell.
-        """
-        ended = self.ended
-        self.worker = None
-        del self.ended
-        return ended
 
 
 @implementer(IReadDescriptor)
@@ -76,7 +50,7 @@ class _Worker(ProcessProtocol):
     def __init__(self, relay: WorkersRelay, index: int) -> None:
         self._relay = relay
         self.index = index
-        self.open: dict[int, _Open] = {}
+        self.open: dict[int, Handed] = {}
         self.ready = False
         self._number = 0
         self._gone = False
@@ -99,7 +73,7 @@ class _Worker(ProcessProtocol):
 
     def take(
         self, client: socket.socket, backend: socket.socket, early: bytes, ended: Callable[[Outcome], None]
-    ) -> _Open | None:
+    ) -> Handed | None:
         """Give it a pair, and close ours; ``None`` where it cannot take one now."""
         self._number += 1
         order = msgpack.encode(Pair(self._number, early))
@@ -112,7 +86,7 @@ class _Worker(ProcessProtocol):
             return None
         client.close()
         backend.close()
-        it = self.open[self._number] = _Open(self, self._number, ended)
+        it = self.open[self._number] = Handed(self, self._number, ended)
         return it
 
     def cut(self, number: int) -> None:
