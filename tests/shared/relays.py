@@ -16,6 +16,7 @@ import select
 import socket
 import struct
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -220,6 +221,27 @@ class RelaySuite:
             self.equal(owner(), None)
         finally:
             gc.enable()
+
+    async def test_acknowledgesAtOnce(self) -> None:
+        """
+        A backend that answers in two pieces waits until the first one is acknowledged. That a dialer has put off an
+        acknowledgement until the early bytes go does not last.
+        """
+        client, clientSide = tcpPair()
+        backend, backendSide = tcpPair()
+        kept = backendSide.dup()
+        for it in (client, backend, kept):
+            self.addCleanup(it.close)  # type: ignore[attr-defined]
+        backendSide.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 0)
+        over = relayed(self.makeRelay(self.reactor), clientSide, backendSide, b"early")
+        self.equal(await self.run_(backend.recv, 100), b"early")
+        end = time.monotonic() + PATIENCE
+        while not kept.getsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK):  # a worker may be about to say so
+            if time.monotonic() > end:
+                raise AssertionError("acknowledgements are put off")
+            await self.pause(0.01)
+        over.cut()
+        await over
 
     async def test_parallelEchoes(self) -> None:
         """Random bytes come back as they went, on many connections at once, and are counted to the byte."""

@@ -195,7 +195,7 @@ class Dialer:
         :param timeout: seconds.
         :param eager: there is something to send as soon as it is connected. The last word of the handshake then goes
             with that, which saves both sides a packet, and the endpoint a wake-up. The kernel sends it after 200 ms
-            otherwise.
+            otherwise, and what comes is acknowledged late as well: see :func:`.sockets.quickAck`.
         :return: with ``connected`` set where that was done at once (the owner is not called then).
         :raise OSError: where it failed at once.
         """

@@ -76,6 +76,19 @@ def noDelay(sock: socket.socket) -> None:
 
 # As plain numbers: members of an enumeration are looked at twice, and this is done for each connection.
 _SOCKET, _MARK = int(socket.SOL_SOCKET), int(socket.SO_MARK)
+_TCP, _QUICKACK = int(socket.IPPROTO_TCP), int(socket.TCP_QUICKACK)
+
+
+def quickAck(sock: socket.socket) -> None:
+    """
+    Acknowledge at once again, once the bytes with which the last word of the handshake was to go have been sent
+    (:meth:`.dial.Dialer.dial`). An endpoint that writes its answer in pieces has to wait for that before the second one
+    (Nagle's algorithm, RFC 9293, 3.7.4): for 40 ms otherwise. Never raises.
+    """
+    try:
+        sock.setsockopt(_TCP, _QUICKACK, 1)
+    except OSError:
+        pass  # It is dead already.
 
 
 class _Marking:

@@ -19,7 +19,7 @@ from zope.interface import implementer
 
 from ...core.values import Outcome
 from ...interfaces import IRelay
-from ..sockets import isDead, noDelay, resetClose
+from ..sockets import isDead, noDelay, quickAck, resetClose
 from .poller import ERROR, INPUT, LAST, MASK, OUTPUT, QUIET, RDHUP, Poller
 from .splice import CHUNK, Pipe, Pipes, Splice, findSplice
 from .standing import Relayed, Relays
@@ -316,6 +316,7 @@ class _Pair(Relayed):
         except OSError as error:
             self.deaf(backend, error.errno or errno.EPIPE)
             return
+        quickAck(backend.socket)
         client.count = sent
         if sent < len(early):
             backend.pending = early[sent:]

@@ -20,7 +20,7 @@ from zope.interface import implementer
 
 from ...core.values import Outcome
 from ...interfaces import IRelay
-from ..sockets import isDead
+from ..sockets import isDead, quickAck
 from .poller import Poller
 from .standing import Relayed, Relays
 from .transport import Broken, EagerTransport
@@ -137,6 +137,7 @@ class _Pair(Relayed):
             self.backend.transport.write(self.tap.front)
         if early:
             self.client.dataReceived(early)
+            quickAck(backend)
         for side, _ in ends:
             if self.open and not side.transport.paused:
                 side.transport.resumeProducing()

@@ -331,6 +331,13 @@ static void noDelay(struct half *half)
     setsockopt(half->fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
 }
 
+/* See quickAck() in sockets.py. */
+static void quickAck(int fd)
+{
+    int on = 1;
+    setsockopt(fd, IPPROTO_TCP, TCP_QUICKACK, &on, sizeof on);
+}
+
 /* With MSG_MORE the last of it is there, and the end: the two go out as one packet. */
 static void pumpHalf(pump *p, struct half *half, int more)
 {
@@ -552,6 +559,7 @@ int pump_add(pump *p, uint64_t id, int client, int backend, const char *early, s
                 deaf(p, to, errno);
             sent = 0;
         }
+        quickAck(backend);
         pair->half[0].count = sent;
         if (!to->error && (size_t) sent < length) {
             to->pending = malloc(length - sent);
