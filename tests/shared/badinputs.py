@@ -306,12 +306,17 @@ def _replaced(old: bytes, new: bytes) -> Callable[[bytes], bytes]:
     return lambda text: text.replace(old, new, 1)
 
 
+def _deep(text: bytes) -> bytes:
+    return _replaced(b'"spec"', b'"x": ' + b"[" * 1000 + b"]" * 1000 + b', "spec"')(text)
+
+
 BYTES: tuple[Spoilt, ...] = (
     Spoilt("name cut within a character", _replaced(b'"odd"', b'"o\xc3"'), "object"),
     Spoilt("name with a NUL", _replaced(b'"odd"', b'"o\0d"'), "text"),
     Spoilt("name with half a pair", _replaced(b'"odd"', b'"o\\ud800d"'), "text"),
     Spoilt("not a number", _replaced(b'"port": 80', b'"port": NaN'), "text"),
-    Spoilt("nested 1,000 deep", _replaced(b'"spec"', b'"x": ' + b"[" * 1000 + b"]" * 1000 + b', "spec"'), "fine"),
+    Spoilt("nested 1,000 deep", _deep, "fine"),
+    Spoilt("nested 1,000 deep, and bad", lambda text: _deep(text).replace(b'"port": 80', b'"port": "x"'), "object"),
     Spoilt("nested 100,000 deep", _replaced(b'"spec"', b'"x": ' + b"[" * 100_000 + b', "spec"'), "text"),
     Spoilt("cut short", lambda text: text[:-3], "text"),
     Spoilt("byte order mark within", _replaced(b'"spec"', b'\xef\xbb\xbf"spec"'), "text"),

@@ -27,8 +27,9 @@ CLUSTER_WIDE: tuple[Kind, ...] = ("Node", "ServiceCIDR")
 SERVICE_TYPES = ("ClusterIP", "NodePort", "LoadBalancer", "ExternalName")
 PROTOCOLS = ("TCP", "UDP", "SCTP")
 CHANGE_TRIGGER_ANNOTATION = "endpoints.kubernetes.io/last-change-trigger-time"
-#: How deeply values may be nested; where Kubernetes' own reader of JSON stops, too.
-MAX_DEPTH = 10_000
+#: How deeply what nobody reads may be nested, at the least (more with other Pythons than 3.12): as deep as is safe in a
+#: thread with 2 MiB of stack. Kubernetes' own reader stops at 10,000; no object of these kinds has twenty levels.
+MAX_DEPTH = 1_400
 #: a DNS subdomain (RFC 1123), as the names of all these kinds are; namespaces are even narrower
 _NAME = re.compile(r"[a-z0-9](?:[-a-z0-9.]{0,251}[a-z0-9])?\Z")
 
@@ -262,8 +263,8 @@ _deep = Lock()
 
 def deeply(decoder: msgspec.json.Decoder[_Decoded]) -> Callable[[bytes | Raw], _Decoded]:
     """
-    The same decoder for JSON in which some field that nobody here reads may be nested deeply: Python up to 3.11 counts
-    that as calls of its own, and allows 1,000 of them.
+    The same decoder for JSON in which some field that nobody here reads may be nested deeply (:data:`MAX_DEPTH`):
+    Python up to 3.11 counts that as calls of its own, and allows 1,000 of them.
     """
     decode = decoder.decode
 

@@ -228,13 +228,13 @@ def _json(data: bytes) -> Iterator[tuple[int, Any]]:
         return
     try:
         outer = _decodeFields(text)
-        kind = msgspec.json.decode(outer["kind"]) if "kind" in outer else ""
+        kind = _decodeAny(outer["kind"]) if "kind" in outer else ""
         if not (isinstance(kind, str) and kind.endswith("List") and "items" in outer):
             yield _lineAt(text, len(text) - len(text.lstrip())), _decodeAny(text)
             return
         # Item by item: one large list in one call would keep every other thread waiting.
         items = _decodeItems(outer.pop("items")) or []
-        common = {name: msgspec.json.decode(raw) for name, raw in outer.items() if name in ("kind", "apiVersion")}
+        common = {name: _decodeAny(raw) for name, raw in outer.items() if name in ("kind", "apiVersion")}
         end, line = 0, 1
         for item in items:
             raw = bytes(item)

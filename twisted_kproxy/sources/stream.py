@@ -203,7 +203,7 @@ class _Whatever(Struct, frozen=True):
     metadata: dict[str, msgspec.Raw] = {}
 
 
-_decodeWhatever = msgspec.json.Decoder(_Whatever).decode
+_decodeWhatever = wire.deeply(msgspec.json.Decoder(_Whatever))
 _decodeText = msgspec.json.Decoder(str).decode
 
 
