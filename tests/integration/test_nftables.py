@@ -387,6 +387,14 @@ class KernelErrorTests(InNamespace, TestCase):
         self.assertFalse(writer.usesNetlink)
         self.assertEqual(await self.makeWriter().adopt(), SAMPLE)
 
+    async def test_closed(self) -> None:
+        """Once it is closed nothing is written any more."""
+        writer = self.makeWriter()
+        await writer.close()
+        with self.assertRaises(RulesRejected):
+            await writer.replace(SAMPLE)
+        self.assertEqual(self.namespace.run("nft", "list", "ruleset"), "")
+
     async def test_changedBeforeItIsRead(self) -> None:
         """What somebody else has changed before it was read back tells nothing of our own messages."""
         for damage in (

@@ -104,6 +104,7 @@ class NftablesWriter:
         )
         self._elements = ElementSocket(openSocket, table, self._ownSocket)
         self._known: _Known | None = None
+        self._closed = False
         self._damaged = False  # the structure is ours, some elements are not
         self._watch: TableWatch | None = None
         self._threads = Threads(reactor)
@@ -145,8 +146,9 @@ class NftablesWriter:
         return await self._nft.delete()
 
     def close(self) -> Deferred[None]:
-        """Ends an ``nft`` that runs; waits for a thread that talks to the kernel."""
+        """Ends an ``nft`` that runs; waits for a thread that talks to the kernel. No other one is begun."""
         self.watch(None)
+        self._closed = True
         self._nft.kill()
         return self._threads.idle().addCallback(lambda _: self._elements.close())
 
@@ -350,6 +352,8 @@ class NftablesWriter:
     async def _loadText(self, step: Step, links: tuple[str, ...] | None = None) -> None:
         """See :meth:`~.program.NftProgram.load`."""
         script = await self._sliced(len(step), telling(self._table, step))
+        if self._closed:
+            raise RulesRejected("the rule writer has been closed")
         try:
             await self._nft.load(script, links)
         except RulesNotJudged:
