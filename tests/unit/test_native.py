@@ -42,6 +42,13 @@ class NativeRelayTests(RelaySuite, BulkSuite, ScriptSuite, TestCase):
         selfTest(relay)
         self.assertEqual(descriptors(), before)
 
+    def test_stopsGoingOn(self) -> None:
+        """What was to go on in the next turn does not once it is stopped: its memory is gone by then."""
+        relay = self.makeRelay(reactor)
+        goingOn = relay._goOnCall = reactor.callLater(0, relay._goOn)  # type: ignore[attr-defined]
+        relay.stop()
+        self.assertFalse(goingOn.active())
+
 
 class ThreadTests(NativeRelayTests):
     """In a thread of its own."""

@@ -66,7 +66,7 @@ class NativeRelay:
         self._open: dict[int, Handed] = {}
         self._free: list[int] = []
         self._reading = self._stopped = False
-        self._goingOn = False
+        self._goOnCall: Any = None
         self._timer: Any = None
         self._thread: threading.Thread | None = None
         self._fd = lib.pump_fd(pump)
@@ -107,6 +107,9 @@ class NativeRelay:
         if self._stopped:
             return succeed(None)
         self._stopped = True
+        if self._goOnCall is not None:
+            self._goOnCall.cancel()
+            self._goOnCall = None
         if self._thread is not None:
             knock = self._lib.pump_stop(self._pump)
             self._thread.join()
@@ -148,12 +151,11 @@ class NativeRelay:
     # --- inside
 
     def _run(self) -> None:
-        if self._lib.pump_run(self._pump, 0) and not self._goingOn:
-            self._goingOn = True
-            self._reactor.callLater(0, self._goOn)
+        if self._lib.pump_run(self._pump, 0) and self._goOnCall is None:
+            self._goOnCall = self._reactor.callLater(0, self._goOn)
 
     def _goOn(self) -> None:
-        self._goingOn = False
+        self._goOnCall = None
         self._run()
         self._tell()
 
