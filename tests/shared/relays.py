@@ -222,6 +222,26 @@ class RelaySuite:
         finally:
             gc.enable()
 
+    async def test_stopTellsEverybody(self) -> None:
+        """One who cannot bear to be told of the end costs nobody else the end, when all are cut at once."""
+        relay = self.makeRelay(self.reactor)
+        connections = [self.connect(relay) for _ in range(6)]
+        client, clientSide = tcpPair()
+        backend, backendSide = tcpPair()
+
+        def raising(outcome: Outcome) -> None:
+            raise ZeroDivisionError
+
+        relay.relay(clientSide, backendSide, b"", raising)
+        connections += [self.connect(relay) for _ in range(6)]
+        await relay.stop()
+        outcomes = await gatherResults([done for _, _, done in connections])
+        self.equal({it.reason for it in outcomes}, {"aborted"})
+        self.equal(relay.status()["active"], 0)
+        self.equal(len(self.flushLoggedErrors(ZeroDivisionError)), 1)  # type: ignore[attr-defined]
+        for it in (client, backend):
+            it.close()
+
     async def test_acknowledgesAtOnce(self) -> None:
         """
         A backend that answers in two pieces waits until the first one is acknowledged. That a dialer has put off an

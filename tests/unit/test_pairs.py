@@ -216,6 +216,19 @@ class StateTests(SynchronousTestCase):
         self.reactor.turn()
         self.assertEqual(readExactly(self.backend, 4), b"ping")
 
+    def test_cannotBeWatched(self) -> None:
+        """A connection whose sockets cannot be watched is cut, and told so."""
+        self.done.cut()
+        ends = [tcpPair(), tcpPair()]
+        self.patch(self.poller, "watch", lambda *_: 1 / 0)
+        done = relayed(self.relay, ends[0][1], ends[1][1])
+        self.assertEqual(self.successResultOf(done).reason, "aborted")
+        self.assertEqual((self.relay.status()["active"], self.reactor.getDelayedCalls()), (0, []))
+        self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 1)
+        for outer, inner in ends:
+            self.assertEqual(inner.fileno(), -1)
+            outer.close()
+
     def test_quiet(self) -> None:
         """A connection that nothing is said on costs no event; that a side takes bytes is told once it took none."""
         self.assertEqual(self.poller._epoll.poll(0), [])

@@ -639,6 +639,21 @@ class DialTests(SynchronousTestCase):
         self.assertEqual((self.reactor.writers, self.reactor.getDelayedCalls()), (set(), []))
         self.assertEqual(descriptors(), before)
 
+    def test_badOwner(self) -> None:
+        """Who cannot bear to be told that time is over costs nobody else the word."""
+
+        class Bad:
+            def dialFailed(self, number: int) -> None:
+                raise ZeroDivisionError
+
+        for owner in (Bad(), self):
+            unconnected = socket.socket()
+            self.addCleanup(unconnected.close)
+            self.dialer.deadlines.add(Dial(self.dialer, unconnected, owner, 0.25), 0.25)  # type: ignore[arg-type]
+        self.reactor.advance(1)
+        self.assertEqual(self.failed, [errno.ETIMEDOUT])
+        self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 1)
+
     def test_lateReactor(self) -> None:
         """A handshake that was over in time counts, though the reactor looks only when the time is over."""
         outer, inner = tcpPair()

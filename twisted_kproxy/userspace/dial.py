@@ -6,6 +6,8 @@ import errno
 import socket
 from typing import Any, Protocol
 
+from twisted.logger import Logger
+
 from ..core.values import Endpoint
 from .engines.poller import Poller
 from .sockets import EXHAUSTED, familyOf, markOwn, openSocket, pendingError, resetClose
@@ -56,6 +58,8 @@ class Deadlines:
     established in time costs two dictionary operations. No timer is left when nothing waits.
     """
 
+    log = Logger()
+
     def __init__(self, reactor: Any) -> None:
         self._reactor = reactor
         self._queues: dict[float, dict[Dial, float]] = {}
@@ -96,7 +100,10 @@ class Deadlines:
         if earliest is not None:
             self._timer = self._reactor.callLater(earliest - now, self._expire)
         for dial in expired:
-            dial.expired()
+            try:
+                dial.expired()
+            except Exception:
+                self.log.failure("Who has dialled could not be told that its time is over")
 
 
 class Dial:

@@ -397,7 +397,11 @@ class PairRelay(Relays):
     ) -> Callable[[], None]:
         pair = _Pair(self, client, backend, ended)
         self._begun(pair)
-        pair.begin(early)
+        try:
+            pair.begin(early)
+        except Exception:
+            self.log.failure("A connection is cut")
+            pair.abort()
         return pair.abort
 
     def stop(self) -> Deferred[None]:

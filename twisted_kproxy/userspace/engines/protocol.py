@@ -14,7 +14,6 @@ from typing import Any, Literal, TypeAlias
 
 from twisted.internet.interfaces import IHalfCloseableProtocol
 from twisted.internet.protocol import Protocol
-from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
@@ -177,7 +176,6 @@ class ProtocolRelay(Relays):
         that gives ``None``, where nobody does.
     """
 
-    log = Logger()
     name = "protocol"
 
     def __init__(

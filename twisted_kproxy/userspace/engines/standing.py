@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from twisted.internet.defer import Deferred, succeed
+from twisted.logger import Logger
 
 from ...core.values import Outcome
 from ..sockets import VANISHED, keepAlive, pendingError
@@ -123,6 +124,8 @@ class Relays:
         keepalive finds the dead.
     """
 
+    log = Logger()
+
     def __init__(self, reactor: Any, halfClosedSeconds: float) -> None:
         self.reactor = reactor
         self.halfClosedSeconds = halfClosedSeconds
@@ -132,7 +135,10 @@ class Relays:
     def stop(self) -> Deferred[None]:
         """Abort them all."""
         for pair in list(self._pairs):
-            pair.abort()
+            try:
+                pair.abort()
+            except Exception:
+                self.log.failure("A connection could not be cut, or its end not be told")
         return succeed(None)
 
     def _begun(self, pair: Relayed) -> None:
@@ -152,4 +158,7 @@ class Relays:
         for pair in list(self._pairs):
             # A callback of one may have cut another.
             if pair.open:
-                pair.sweep(now)
+                try:
+                    pair.sweep(now)
+                except Exception:
+                    self.log.failure("A connection could not be looked after")
