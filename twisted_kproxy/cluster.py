@@ -17,7 +17,7 @@ from zope.interface import implementer
 from .core import wire
 from .core.locality import NO_SETTINGS, NodeSettings
 from .core.ownership import UNKNOWN_AGE, Claims
-from .core.resolve import NOTHING, Resolved, concerns, resolve, serviceOf, slicesOf, unconcerning
+from .core.resolve import NOTHING, Resolved, concerns, passedOver, resolve, serviceOf, slicesOf, unconcerning
 from .core.surroundings import KUBERNETES, Surroundings, serversOf
 from .core.topology import NodeFacts
 from .core.values import (
@@ -336,6 +336,9 @@ class Cluster:
             slices = (it for placed in self._slices.get(key, {}).values() for it in placed)
             after = resolve(service, slices, self._facts)
             created = service.metadata.creationTimestamp or UNKNOWN_AGE
+        elif service is not None:
+            after = passedOver(service, self._proxyName)
+        if after is not NOTHING:
             self._resolved[key] = after
         self._report(before.problems, after.problems)
         touched = self._claims.change(before.ports, after.ports, created)

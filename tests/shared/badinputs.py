@@ -113,15 +113,19 @@ _NAMES = [
 ]  # fmt: skip
 _TWO_NAMES = [{"name": "a", "port": 80}, {"name": "a", "port": 81}, {"name": "c", "port": 82}]
 _TWO_NUMBERS = [{"name": "a", "port": 80}, {"name": "b", "port": 80}, {"name": "c", "port": 82}]
+_TWO_UNNAMED = [{"port": 80}, {"port": 81}]
+_NO_ADDRESS = "it has no clusterIP, and is not served"
 _NO_NAME = "is not made of small letters"
 
 SERVICES: tuple[Bad, ...] = (
     _refused("spec null", good() | {"spec": None}, "it has no spec"),
     _refused("no spec", {k: v for k, v in good().items() if k != "spec"}, "it has no spec"),
     _refused("spec text", good() | {"spec": "none"}, " must be a mapping, and is "),
-    _fine("clusterIP empty", good(clusterIP="", clusterIPs=[]), ()),
-    _fine("clusterIP null", good(clusterIP=None, clusterIPs=None), ()),
+    _partial("clusterIP empty", good(clusterIP="", clusterIPs=[]), (), _NO_ADDRESS),
+    _partial("clusterIP null", good(clusterIP=None, clusterIPs=None), (), _NO_ADDRESS),
+    _partial("clusterIPs alone", good(clusterIP="", clusterIPs=["10.96.0.10"]), (), _NO_ADDRESS),
     _fine("clusterIP None", good(clusterIP="None", clusterIPs=["None"]), ()),
+    _fine("clusterIP None in the list only", good(clusterIP="", clusterIPs=["None"]), ()),
     _refused("clusterIP garbage", good(clusterIP="ten"), "clusterIP: 'ten' is not an IP address"),
     _refused("clusterIPs garbage", good(clusterIPs=["10.96.0.10", "x"]), "clusterIP: 'x' is not an IP address"),
     _refused("clusterIP number", good(clusterIP=10), " must be text, and is "),
@@ -147,7 +151,8 @@ SERVICES: tuple[Bad, ...] = (
     _refused("port of 400 digits", _raw(_port(port="@"), "9" * 400), "is not in 1 to 65535"),
     _refused("port of 5,000 digits", _raw(_port(port="@"), "9" * 5000), "out of range", onlyServer=True),
     _fine("500 ports", good(ports=[{"name": f"p{n}", "port": n} for n in range(1, 501)]), _served(*range(1, 501))),
-    _partial("port name twice", good(ports=_TWO_NAMES), _served(80, 82), "port a: 81/TCP repeats an earlier one"),
+    _partial("port name twice", good(ports=_TWO_NAMES), _served(80, 82), "81/TCP: the name 'a' is that of an earlier"),
+    _partial("ports without name", good(ports=_TWO_UNNAMED), GOOD, "port 81/TCP: it has no name, like an earlier one"),
     _partial("port number twice", good(ports=_TWO_NUMBERS), _served(80, 82), "port b: 80/TCP repeats an earlier one"),
     _refused("protocol unknown", _port(protocol="ICMP"), "protocol 'ICMP' is none of TCP, UDP, SCTP"),
     _refused("protocol lower-case", _port(protocol="tcp"), "protocol 'tcp' is none of TCP, UDP, SCTP"),
@@ -190,7 +195,15 @@ SERVICES: tuple[Bad, ...] = (
     _fine("affinity without configuration", good(sessionAffinity="ClientIP", sessionAffinityConfig=None)),
     _partial("affinity unknown", _affinity(5, "Cookie"), GOOD, "sessionAffinity 'Cookie' is none of None, ClientIP"),
     _refused("affinity text", _affinity("5"), " must be a number, and is "),
-    _fine("policies unknown", good(externalTrafficPolicy="Near", internalTrafficPolicy="Far")),
+    _partial(
+        "externalTrafficPolicy unknown", good(externalTrafficPolicy="local"), GOOD,
+        "externalTrafficPolicy 'local' is none of Cluster, Local; Cluster is used",
+    ),
+    _partial(
+        "internalTrafficPolicy unknown", good(internalTrafficPolicy="LOCAL"), GOOD,
+        "internalTrafficPolicy 'LOCAL' is none of Cluster, Local; Cluster is used",
+    ),
+    _fine("policies empty", good(externalTrafficPolicy="", internalTrafficPolicy=None)),
     _refused("type unknown", good(type="Magic"), "type 'Magic' is none of ClusterIP, NodePort"),
     _fine("type empty", good(type="")),
     _fine("type ExternalName", good(type="ExternalName", externalName="example.com"), ()),
@@ -242,8 +255,11 @@ SLICES: tuple[Bad, ...] = (
     _badSlice("labels wrong", _sliceMeta(labels=["odd"]), " must be a mapping, and is "),
     _slice("headless", _sliceMeta(labels={wire.SERVICE_NAME_LABEL: "odd", wire.HEADLESS_LABEL: ""}), ()),
     _slice("FQDN", goodSlice(addressType="FQDN", endpoints=[_MEMBER | {"addresses": ["a.example"]}]), ()),
-    _slice("addressType unknown", goodSlice(addressType="IPv5"), ()),
-    _slice("addressType null", goodSlice(addressType=None), ()),
+    _slice(
+        "addressType unknown", goodSlice(addressType="ipv4"), (),
+        "addressType 'ipv4' is none of IPv4, IPv6, FQDN; the slice is left out",
+    ),
+    _slice("addressType null", goodSlice(addressType=None), (), "addressType is missing; it must be one of IPv4"),
     _slice("addressType of the other family", goodSlice(addressType="IPv6"), ()),
     _slice("no addresses", _member(addresses=[]), ()),
     _slice("addresses null", _member(addresses=None), ()),

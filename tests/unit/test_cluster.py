@@ -242,6 +242,21 @@ class MergeTests(ClusterTestCase):
             self.put(it)
             self.assertEqual(self.ends(), [])
 
+    def test_noClusterIP(self) -> None:
+        """A Service that has no address is a problem until it gets one, says that it wants none, or is gone."""
+        for mended in (service(), service(clusterIP="None"), service(type="ExternalName", clusterIP=""), None):
+            self.put(service(clusterIP=""))
+            self.cluster.current()
+            [problem] = self.cluster.problems()
+            self.assertEqual((problem.kind, problem.key), ("Service", "shop/web"))
+            self.assertIn("it has no clusterIP", problem.reason)
+            if mended is None:
+                self.drop("Service", "shop/web")
+            else:
+                self.put(mended)
+            self.cluster.current()
+            self.assertEqual(self.cluster.problems(), [])
+
     def test_sliceOfAnotherNamespace(self) -> None:
         """A slice feeds only a Service of its own namespace."""
         self.put(service())

@@ -13,7 +13,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from tests.builders import member, service, slice_
 from twisted_kproxy.core import wire
-from twisted_kproxy.core.resolve import Resolved, concerns, resolve, serviceOf, slicesOf
+from twisted_kproxy.core.resolve import Resolved, concerns, passedOver, resolve, serviceOf, slicesOf
 from twisted_kproxy.core.topology import NodeFacts
 from twisted_kproxy.core.values import ServicePort
 
@@ -61,6 +61,17 @@ class ConcernsTests(SynchronousTestCase):
         """A Service that is labelled as headless is not served, whatever address it has."""
         self.assertFalse(concerns(service(labels={wire.HEADLESS_LABEL: ""})))
         self.assertFalse(concerns(service(labels={wire.HEADLESS_LABEL: "", wire.PROXY_NAME_LABEL: "mine"}), "mine"))
+
+    def test_passedOver(self) -> None:
+        """Only who forgot the address is told so; a Service of another proxy is none of ours."""
+        told = "\n".join(it.reason for it in passedOver(service(clusterIP=None)).problems)
+        self.assertIn("write an address of the service network, or None", told)
+        for it in (
+            service(clusterIP="None"), service(clusterIP=None, clusterIPs=["None"]),
+            service(type="ExternalName", clusterIP=None), service(clusterIP="", labels={wire.HEADLESS_LABEL: ""}),
+            service(clusterIP="", labels={wire.PROXY_NAME_LABEL: "mine"}),
+        ):
+            self.assertEqual(passedOver(it), Resolved())
 
     def test_noSpec(self) -> None:
         """A Service without spec is nothing."""

@@ -30,6 +30,9 @@ DEFAULT_AFFINITY_SECONDS = 10800
 MAX_AFFINITY_SECONDS = 86400
 #: problems of one Service and its slices that are told one by one
 MOST_PROBLEMS = 20
+_NO_ADDRESS = (
+    "it has no clusterIP, and is not served: write an address of the service network, or None for a headless Service"
+)
 _PROTOCOLS: dict[str, Protocol] = {"TCP": "TCP", "UDP": "UDP", "SCTP": "SCTP"}
 
 
@@ -74,9 +77,20 @@ def unconcerning(service: wire.Service, proxyName: str = "") -> str | None:
         return "it has no spec"
     if spec.type == "ExternalName":
         return "its type is ExternalName, which is a matter of DNS"
-    if spec.clusterIP in (None, "", "None"):
+    if (spec.clusterIP or (spec.clusterIPs or [""])[0]) == "None":
         return "it is headless: without a ClusterIP there is nothing to serve"
-    return None
+    return None if spec.clusterIP else _NO_ADDRESS
+
+
+def passedOver(service: wire.Service, proxyName: str = "") -> Resolved:
+    """
+    What is to be told of a Service that does not :func:`concern <concerns>` the proxy of that name: nothing, where that
+    can be meant. An API server gives an address to every Service that does not refuse one; a manifest may lack it.
+    """
+    why = unconcerning(service, proxyName)
+    if why != _NO_ADDRESS:
+        return NOTHING
+    return Resolved(problems=(Problem("Service", wire.keyOf(service.metadata), why),))
 
 
 def serviceOf(it: wire.EndpointSlice) -> tuple[str, str] | None:
@@ -143,6 +157,8 @@ class _Resolver:
         self.problems: dict[Problem, None] = {}  # for its order
         self.more: set[Problem] = set()
         self.balancers: set[str] = set()
+        self.internal: PoolKind = "cluster"
+        self.external: PoolKind = "cluster"
         self.refusedFrontends: set[str] = set()
         self.refusedEndpoints: set[str] = set()
 
@@ -150,7 +166,10 @@ class _Resolver:
         ports: list[ServicePort] = []
         specs = list(self._ports())
         affinity = self._affinity()
-        isLoadBalancer = self.spec.type == "LoadBalancer" and self.spec.externalTrafficPolicy == "Local"
+        self.internal = self._policy("internalTrafficPolicy", self.spec.internalTrafficPolicy)
+        self.external = self._policy("externalTrafficPolicy", self.spec.externalTrafficPolicy)
+        self._addressTypes()
+        isLoadBalancer = self.spec.type == "LoadBalancer" and self.external == "local"
         healthCheckPort = self._healthCheckPort() if isLoadBalancer else 0
         byFamily = self._addresses()
         ranges = self._sourceRanges()
@@ -209,8 +228,11 @@ class _Resolver:
                 self._problem(f"port {name or spec.port}: protocol {spec.protocol!r} is none of TCP, UDP, SCTP")
             elif not 0 < spec.port < 65536:
                 self._problem(f"port {name!r}: {spec.port} is not a port number (1 to 65535)")
-            elif (name, protocol) in names or (spec.port, protocol) in numbers:
+            elif (spec.port, protocol) in numbers:
                 self._problem(f"port {name or spec.port}: {spec.port}/{protocol} repeats an earlier one, which serves")
+            elif (name, protocol) in names:
+                why = f"the name {name!r} is that of" if name else "it has no name, like"
+                self._problem(f"port {spec.port}/{protocol}: {why} an earlier one, which serves; give each its own")
             else:
                 names.add((name, protocol))
                 numbers.add((spec.port, protocol))
@@ -233,6 +255,17 @@ class _Resolver:
             )
             return DEFAULT_AFFINITY_SECONDS
         return seconds
+
+    def _policy(self, field: str, word: str | None) -> PoolKind:
+        if word not in (None, "", "Cluster", "Local"):
+            self._problem(f"{field} {word!r} is none of Cluster, Local; Cluster is used")
+        return "local" if word == "Local" else "cluster"
+
+    def _addressTypes(self) -> None:
+        for it in self.slices:
+            if it.addressType not in wire.ADDRESS_TYPES:
+                why = f"{it.addressType!r} is none of" if it.addressType else "is missing; it must be one of"
+                self._slice(it, f"addressType {why} {', '.join(wire.ADDRESS_TYPES)}; the slice is left out", "")
 
     def _healthCheckPort(self) -> int:
         number = self.spec.healthCheckNodePort or 0
@@ -330,8 +363,7 @@ class _Resolver:
         protocol: Protocol,
         ranges: tuple[str, ...] | None,
     ) -> Iterator[Frontend]:
-        internal: PoolKind = "local" if self.spec.internalTrafficPolicy == "Local" else "cluster"
-        external: PoolKind = "local" if self.spec.externalTrafficPolicy == "Local" else "cluster"
+        internal, external = self.internal, self.external
         for kind, address in addresses:
             if kind == "ClusterIP":
                 yield Frontend(kind, address, spec.port, internal, internal)

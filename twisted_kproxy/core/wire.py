@@ -26,6 +26,7 @@ HEADLESS_LABEL = "service.kubernetes.io/headless"
 CLUSTER_WIDE: tuple[Kind, ...] = ("Node", "ServiceCIDR")
 SERVICE_TYPES = ("ClusterIP", "NodePort", "LoadBalancer", "ExternalName")
 PROTOCOLS = ("TCP", "UDP", "SCTP")
+ADDRESS_TYPES = ("IPv4", "IPv6", "FQDN")
 CHANGE_TRIGGER_ANNOTATION = "endpoints.kubernetes.io/last-change-trigger-time"
 #: How deeply what nobody reads may be nested, at the least (more with other Pythons than 3.12): as deep as is safe in a
 #: thread with 2 MiB of stack. Kubernetes' own reader stops at 10,000; no object of these kinds has twenty levels.
