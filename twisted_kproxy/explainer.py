@@ -120,6 +120,11 @@ class Explainer:
         refused = [it for it in facts.problems if it.refused and _mentions(it.reason, to)]
         if refused and decisions[0].hit != "service":
             shown["refused"] = [_problem(it) for it in refused]
+        if decisions[0].hit == "no such port":
+            owners = _owners(latest, to.address)
+            problems = [_problem(it) for it in facts.problems if it.kind == "Service" and it.key in owners]
+            if problems:
+                shown["problems"] = problems
         return shown
 
     # --- a Service is asked for
@@ -131,6 +136,7 @@ class Explainer:
         ports = [it for it in mine if _isAsked(it, asked, question.source)]
         if not ports:
             shown["notServed"] = self._whyNot(asked, mine)
+            self._addProblems(shown, asked.namespace, asked.name, facts)
         for port in sorted(ports, key=lambda it: it.name):
             old = applied.get(port.name) if applied is not None else None
             for frontend in port.frontends:
@@ -151,7 +157,10 @@ class Explainer:
         if why is not None:
             return why
         known = sorted({f"{it.name.port or '(unnamed)'}/{it.name.protocol}/{it.name.family}" for it in mine})
-        return f"it has no such port; it has {', '.join(known)}" if known else "nothing of it can be served"
+        if known:
+            return f"it has no such port; it has {', '.join(known)}"
+        found, _slices = self._cluster.objectsOf(asked.namespace, asked.name)
+        return "nothing of it can be served" if found and found.spec and found.spec.ports else "it has no ports"
 
     # --- showing
 
@@ -199,7 +208,6 @@ class Explainer:
         name = port.name
         _found, slices = self._cluster.objectsOf(name.namespace, name.service)
         explained = explain(name, slices, self._cluster.facts)
-        own = {f"{name.namespace}/{name.service}", *(wire.keyOf(it.metadata) for it in slices)}
         shown: dict[str, Any] = {
             "servicePort": str(name),
             "frontends": [{"kind": it.kind, "address": str(port.key(it))} for it in port.frontends],
@@ -212,10 +220,16 @@ class Explainer:
         waits = facts.pending.get(str(name))
         if waits:
             shown["waitsFor"] = waits
+        self._addProblems(shown, name.namespace, name.service, facts)
+        return shown
+
+    def _addProblems(self, shown: dict[str, Any], namespace: str, name: str, facts: _Facts) -> None:
+        """What is wrong with a Service and its slices, where something is."""
+        _found, slices = self._cluster.objectsOf(namespace, name)
+        own = {f"{namespace}/{name}", *(wire.keyOf(it.metadata) for it in slices)}
         problems = [_problem(it) for it in facts.problems if it.key in own]
         if problems:
             shown["problems"] = problems
-        return shown
 
     def _pool(self, explained: Explanation, kind: PoolKind) -> dict[str, Any]:
         failing = self._failing(explained.name, explained.pool(kind))
@@ -281,6 +295,15 @@ def _isAsked(port: ServicePort, asked: ServiceAsked, source: str | None) -> bool
     if asked.port is None or asked.port == name.port:
         return True
     return bool(_NUMBER.fullmatch(asked.port)) and any(it.port == int(asked.port) for it in port.frontends)
+
+
+def _owners(services: ServiceMap, address: str) -> set[str]:
+    """Keys of the Services that have that ClusterIP."""
+    return {
+        f"{it.name.namespace}/{it.name.service}"
+        for it in services.values()
+        if any(frontend.kind == "ClusterIP" and frontend.address == address for frontend in it.frontends)
+    }
 
 
 def _mentions(reason: str, to: Dialled) -> bool:

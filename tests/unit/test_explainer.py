@@ -290,16 +290,50 @@ class ExplainTests(SynchronousTestCase):
             service(), service(name="head", clusterIP="None"), service(name="ext", type="ExternalName"),
             service(name="other", labels={wire.PROXY_NAME_LABEL: "cilium"}), service(name="void", ports=[]),
         )
+        self.cluster.say(Rejected("local", "Service", "shop/Bad_Name", "metadata.name 'Bad_Name' is odd"))
         for name, words in (
             ("shop/none", "no source has it"),
             ("shop/head", "it is headless: without a ClusterIP there is nothing to serve"),
             ("shop/ext", "its type is ExternalName, which is a matter of DNS"),
             ("shop/other", f"its label {wire.PROXY_NAME_LABEL} says 'cilium', proxy-name of this one ''"),
-            ("shop/void", "nothing of it can be served"),
+            ("shop/void", "it has no ports"),
+            ("shop/Bad_Name:http", "source local has it, but it cannot be read: metadata.name 'Bad_Name' is odd"),
             ("shop/web:https", "it has no such port; it has http/TCP/IPv4"),
         ):
             found = self.ask(f"?service={name}")
             self.assertEqual((found["notServed"], found["answers"], found["servicePorts"]), (words, [], []))
+
+    def test_serviceNotServedProblems(self) -> None:
+        """Of a Service of which nothing is served, what is wrong with it and its slices is told all the same."""
+        self.put(
+            service(name="mine", clusterIP=NODE), slice_(member("10.244.3.4"), of="mine", addressType="ipv4"),
+            service(name="bare", clusterIP=""), service(name="head", clusterIP="None"),
+        )
+        found = self.ask("?service=shop/mine")
+        self.assertEqual(found["notServed"], "nothing of it can be served")
+        self.assertEqual([(it["key"], it["reason"]) for it in found["problems"]], [
+            ("shop/web-1", "addressType 'ipv4' is none of IPv4, IPv6, FQDN; the slice is left out"),
+            ("shop/mine", f"clusterIP: {NODE} is an address of this node; it is not served"),
+        ])
+        found = self.ask("?service=shop/bare")
+        self.assertIn("it has no clusterIP", found["notServed"])
+        self.assertEqual([it["reason"] for it in found["problems"]], [found["notServed"]])
+        self.assertNotIn("problems", self.ask("?service=shop/head"))
+
+    def test_noSuchPortProblems(self) -> None:
+        """Of a ClusterIP that has no such port, what is wrong with its Service is told: that may be why."""
+        self.put(
+            service(ports=[{"port": 80}, {"port": 81}]),
+            slice_(member("127.0.0.1"), ports=[{"name": "", "port": 8080}]),
+            service(name="other", clusterIP="10.96.0.11", externalIPs=["x"]),
+        )
+        found = self.ask("?to=10.96.0.10:81")
+        self.assertEqual(found["problems"], [{
+            "kind": "Service", "key": "shop/web",
+            "reason": "port 81/TCP: it has no name, like an earlier one, which serves; give each its own",
+        }])
+        self.assertNotIn("problems", self.ask("?to=10.96.0.10:80"))
+        self.assertNotIn("problems", self.ask("?to=10.96.0.99:80"))
 
     def test_problems(self) -> None:
         """What is wrong with the Service and its slices is told beside it, and of no other."""

@@ -50,21 +50,31 @@ class ServiceTests(SynchronousTestCase):
     """Which Service is asked for."""
 
     def test_forms(self) -> None:
-        """With a port by name or number, with none, and with the unnamed one."""
+        """
+        With a port by name or number, with none, and with the unnamed one; also one that no API server would admit, by
+        the key under which it is in quarantine.
+        """
         for text, expected in (
             ("shop/web:http", ServiceAsked("shop", "web", "http")),
             ("shop/web:80/udp", ServiceAsked("shop", "web", "80", "UDP")),
             ("shop/web", ServiceAsked("shop", "web")),
             ("shop/web:", ServiceAsked("shop", "web", "")),
+            ("shop/Bad_Name:80/udp", ServiceAsked("shop", "Bad_Name", "80", "UDP")),
+            ("Shop/we b\n", ServiceAsked("Shop", "we b\n")),
+            ("../kube/odd", ServiceAsked("..", "kube/odd")),
+            ("shop/a:b:", ServiceAsked("shop", "a:b", "")),
         ):
             self.assertEqual(ask(service=text).about, expected)
 
     def test_faults(self) -> None:
-        """Names as Kubernetes has them, and both."""
-        for text in ("web", "/web", "shop/", "shop/web/tcp", "Shop/web", "shop/we b"):
+        """A namespace and a name, and a protocol that there is."""
+        for text in ("web", "/web", "shop/", "shop/:80", ""):
             with self.assertRaises(BadQuestion) as caught:
                 ask(service=text)
             self.assertEqual(str(caught.exception), f"service: {text!r} is not as in NAMESPACE/NAME:PORT")
+        with self.assertRaises(BadQuestion) as caught:
+            ask(service="shop/web:80/icmp")
+        self.assertEqual(str(caught.exception), "protocol 'icmp' is none of tcp, udp, sctp")
 
 
 class QueryTests(SynchronousTestCase):

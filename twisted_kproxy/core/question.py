@@ -17,7 +17,10 @@ USAGE = (
 _PROTOCOLS: dict[str, Protocol] = {"tcp": "TCP", "udp": "UDP", "sctp": "SCTP"}
 _KEYS = ("from", "to", "service", "interface")
 _NUMBER = re.compile(r"[0-9]{1,5}")
-_NAME = re.compile(r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?")
+#: Names may be anything: that of an object that cannot be read is asked for as well.
+_SERVICE = re.compile(
+    r"(?P<namespace>[^/]+)/(?P<name>[^:].*?)(?::(?P<port>[^:/]*)(?P<slash>/(?P<protocol>.*))?)?", re.DOTALL
+)
 
 
 class BadQuestion(ValueError):
@@ -118,9 +121,8 @@ def _dialled(text: str) -> Dialled:
 
 def _service(text: str) -> ServiceAsked:
     """``NAMESPACE/NAME``, ``NAMESPACE/NAME:PORT`` or ``NAMESPACE/NAME:PORT/PROTOCOL``."""
-    namespace, slash, rest = text.partition("/")
-    name, colon, port = rest.partition(":")
-    port, more, protocol = port.partition("/")
-    if not slash or not _NAME.fullmatch(namespace) or not _NAME.fullmatch(name):
+    found = _SERVICE.fullmatch(text)
+    if found is None:
         raise BadQuestion(f"service: {text!r} is not as in NAMESPACE/NAME:PORT")
-    return ServiceAsked(namespace, name, port if colon else None, _protocol(protocol) if more else None)
+    protocol = _protocol(found["protocol"]) if found["slash"] else None
+    return ServiceAsked(found["namespace"], found["name"], found["port"], protocol)
