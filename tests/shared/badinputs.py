@@ -167,6 +167,7 @@ SERVICES: tuple[Bad, ...] = (
     _refused("nodePort negative", _port(nodePort=-1), "nodePort -1 is not in 1 to 65535"),
     _fine("nodePort 0", _port(nodePort=0)),
     _fine("nodePort", _port(nodePort=30081), _served(80, "node:30081/TCP")),
+    _partial("nodePort of our own", _port(nodePort=10256), GOOD, "nodePort 10256 is where kproxy itself answers"),
     _partial("nodePort clash", _port(nodePort=TAKEN), GOOD, f"node:{TAKEN}/TCP is served by shop/left"),
     _partial("externalIP loopback", good(externalIPs=["127.0.0.1"]), GOOD, "127.0.0.1 is a loopback address"),
     _partial("externalIP garbage", good(externalIPs=["x", "198.51.100.7"]), _served(80, "198.51.100.7:80/TCP"), "'x'"),

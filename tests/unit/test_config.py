@@ -455,6 +455,11 @@ class LocalityTests(IniCase):
         )
         self.assertEqual(config.nodeSettings(self.load(config.render(loaded))), config.nodeSettings(loaded))
 
+    def test_listeners(self) -> None:
+        """Where the proxy itself answers, which is no place for node ports."""
+        loaded = self.load(f"{LOCAL}[health]\nbind = [::]:20256\n[metrics]\nbind =\n")
+        self.assertEqual(config.nodeSettings(loaded), NodeSettings(listeners=(("::", 20256),)))
+
     def test_ways(self) -> None:
         """Each way to tell pods has what it needs."""
         for lines, expected in (

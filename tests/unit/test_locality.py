@@ -15,6 +15,7 @@ from twisted_kproxy.core.locality import (
     localityOf,
     podNetworks,
     serviceNetworks,
+    takenPorts,
 )
 from twisted_kproxy.core.values import PLAIN
 
@@ -105,6 +106,21 @@ class NodePortTests(SynchronousTestCase):
         words = ["primary", "localhost", "203.0.113.0/24", "10.0.0.0/8"]
         addresses = ["192.0.2.7", "198.51.100.9", "2001:db8::7"]
         self.assertEqual(self.at(*words, addresses=addresses), self.at(*words[::-1], addresses=addresses[::-1]))
+
+    def test_taken(self) -> None:
+        """No node port is where this proxy itself answers, as far as node ports are served at that address."""
+        for words, listeners, expected in (
+            (("all",), NO_SETTINGS.listeners, {10256, 10249}),
+            (("192.0.2.0/24",), NO_SETTINGS.listeners, {10256}),
+            (("localhost",), NO_SETTINGS.listeners, {10256, 10249}),
+            (("all",), (), set()),
+            (("192.0.2.0/24",), (("192.0.2.7", 1), ("198.51.100.7", 2), ("::1", 3)), {1, 3}),
+            (("192.0.2.0/24", "2001:db8::/32"), (("::", 1), ("::1", 2)), {1}),
+        ):
+            settings = NodeSettings(nodePortAddresses=words, listeners=listeners)
+            self.assertEqual(takenPorts(settings, localityOf(settings, None)[0]), expected, (words, listeners))
+        settings = NodeSettings(nodePortAddresses=("primary",))
+        self.assertEqual(takenPorts(settings, localityOf(settings, None, ["2001:db8::7"])[0]), set())
 
 
 class AddressTests(SynchronousTestCase):

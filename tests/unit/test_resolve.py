@@ -450,6 +450,20 @@ class RefusedFrontendTests(SynchronousTestCase):
         udp = service(ports=[{"port": 80, "nodePort": 6443, "protocol": "UDP"}])
         self.assertIn("node:6443/UDP", self.served(udp))
 
+    def test_ownNodePort(self) -> None:
+        """Where this proxy itself answers is no node port; for UDP it may be."""
+        facts = NodeFacts("n0", taken=frozenset({10256}))
+        ports = [{"name": "a", "port": 80, "nodePort": 10256}, {"name": "b", "port": 81, "nodePort": 10257}]
+        self.assertEqual(
+            self.served(service(ports=ports), facts), ["10.96.0.10:80/TCP", "10.96.0.10:81/TCP", "node:10257/TCP"]
+        )
+        self.assertEqual(
+            reasons(self.resolved), "nodePort 10256 is where kproxy itself answers; it is not served"
+        )
+        self.assertEqual(self.resolved.refusedFrontends, 1)
+        udp = service(ports=[{"port": 80, "nodePort": 10256, "protocol": "UDP"}])
+        self.assertIn("node:10256/UDP", self.served(udp, facts))
+
     def test_denied(self) -> None:
         """Networks of frontend-deny; a ClusterIP is none of its business."""
         (reason,) = self.refused("198.51.100.7", denied=("198.51.100.0/24", "10.0.0.0/8"))

@@ -149,6 +149,7 @@ def nodeSettings(config: Config) -> NodeSettings:
         nodePortAddresses=config.nodePortAddresses,
         allowed=config.frontendAllow,
         denied=config.frontendDeny,
+        listeners=tuple((it.host, it.port) for it in (config.healthBind, config.metricsBind) if it is not None),
     )
 
 

@@ -13,7 +13,7 @@ from typing import Literal, TypeAlias
 from msgspec import Struct
 
 from . import wire
-from .addresses import BadAddress, canonical, everywhere, familyOf, joined, network, overlap
+from .addresses import BadAddress, canonical, contains, everywhere, familyOf, joined, network, overlap
 from .values import EVERYWHERE, FAMILIES, Family, Locality, Problem
 
 DetectLocal: TypeAlias = Literal["cluster-cidr", "node-cidr", "bridge", "interface-prefix"]
@@ -30,6 +30,7 @@ class NodeSettings(Struct, frozen=True):
     :ivar nodePortAddresses: CIDRs, and the words ``primary``, ``localhost`` and ``all``.
     :ivar allowed: networks that external IPs and addresses of load balancers must be in; none for no restriction.
     :ivar denied: networks that they must not be in.
+    :ivar listeners: addresses and TCP ports where this proxy itself answers.
     """
 
     detectLocal: DetectLocal = "cluster-cidr"
@@ -38,6 +39,7 @@ class NodeSettings(Struct, frozen=True):
     nodePortAddresses: tuple[str, ...] = ("all",)
     allowed: tuple[str, ...] = ()
     denied: tuple[str, ...] = ()
+    listeners: tuple[tuple[str, int], ...] = (("0.0.0.0", 10256), ("127.0.0.1", 10249))
 
 
 #: as an empty configuration has it
@@ -73,6 +75,19 @@ def localityOf(
         services=joined(networks),
     )
     return locality, problems
+
+
+def takenPorts(settings: NodeSettings, locality: Locality) -> frozenset[int]:
+    """The TCP ports where this proxy would no longer be reached by everybody, were they node ports."""
+    return frozenset(port for host, port in settings.listeners if _servesNodePorts(host, locality.nodePorts))
+
+
+def _servesNodePorts(host: str, networks: tuple[str, ...]) -> bool:
+    if host == "::":  # a socket for IPv4 as well
+        return bool(networks)
+    if host == "0.0.0.0":
+        return any(familyOf(it) == "IPv4" for it in networks)
+    return contains(networks, host)
 
 
 def addressesOf(node: wire.Node | None) -> frozenset[str]:

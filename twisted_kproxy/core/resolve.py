@@ -379,6 +379,9 @@ class _Resolver:
             elif protocol == "TCP" and any((it, spec.nodePort) in self.node.servers for it in self.node.addresses):
                 why = "is where the API server on this node is reached; it is not served"
                 self._problem(f"nodePort {spec.nodePort} {why}", f"nodePort {spec.nodePort}")
+            elif protocol == "TCP" and spec.nodePort in self.node.taken:
+                why = "is where kproxy itself answers; it is not served"
+                self._problem(f"nodePort {spec.nodePort} {why}", f"nodePort {spec.nodePort}")
             else:
                 yield Frontend("NodePort", None, spec.nodePort, external, "cluster")
 

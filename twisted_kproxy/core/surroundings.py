@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from . import wire
 from .addresses import BadAddress, canonical
-from .locality import NodeSettings, addressesOf, localityOf
+from .locality import NodeSettings, addressesOf, localityOf, takenPorts
 from .topology import NodeFacts
 from .values import Locality, Problem
 
@@ -43,6 +43,7 @@ class Surroundings:
         """What follows from all that is known by now."""
         node, settings = self.node, self._settings
         addresses = addressesOf(node) or self.hostAddresses
+        locality, self.problems = localityOf(settings, node, addresses, self.services)
         facts = NodeFacts(
             name=self._name,
             zone=(node.metadata.label(ZONE_LABEL) or "") if node is not None else "",
@@ -50,8 +51,8 @@ class Surroundings:
             servers=frozenset().union(*self.servers.values()),
             allowed=settings.allowed,
             denied=settings.denied,
+            taken=takenPorts(settings, locality),
         )
-        locality, self.problems = localityOf(settings, node, addresses, self.services)
         return facts, locality
 
 

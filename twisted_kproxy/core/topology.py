@@ -27,6 +27,7 @@ class NodeFacts(Struct, frozen=True):
     :ivar servers: address and port of each server that sources are read from.
     :ivar allowed: networks that external IPs and addresses of load balancers must be in; none for no such restriction.
     :ivar denied: networks that they must not be in.
+    :ivar taken: TCP ports where this proxy itself answers, at addresses that node ports are served on.
     """
 
     name: str = ""
@@ -35,6 +36,7 @@ class NodeFacts(Struct, frozen=True):
     servers: frozenset[tuple[str, int]] = frozenset()
     allowed: tuple[str, ...] = ()
     denied: tuple[str, ...] = ()
+    taken: frozenset[int] = frozenset()
 
 
 class Candidate(Struct, frozen=True):
