@@ -190,7 +190,7 @@ class Explainer:
                 bound = self._boundTo(PoolName(port.name, now.pool), flow.source) if flow.source else None
                 shown["affinity"] = {"seconds": port.affinitySeconds, "boundTo": str(bound) if bound else None}
         inForce = before is not None and _essence(before) == _essence(now)
-        shown["inForce"] = inForce and not (facts.stopping and now.hit == "service")
+        shown["inForce"] = inForce and "notServed" not in shown
         return shown
 
     def _source(self, now: Decision) -> str:

@@ -237,8 +237,11 @@ class ExplainTests(SynchronousTestCase):
     def test_dataplaneCannot(self) -> None:
         """What the dataplane does not serve is told, with its reason."""
         self.shop()
+        self.apply()
+        self.assertTrue(self.ask("?to=10.96.0.10:80")["answers"][0]["inForce"])
         self.unserved = {str(portName()): "no socket"}
         found = self.ask("?to=10.96.0.10:80")
+        self.assertFalse(found["answers"][0]["inForce"])
         self.assertEqual(found["answers"][0]["notServed"], "no socket")
         self.assertEqual(found["servicePorts"][0]["notServed"], "no socket")
 
