@@ -5,6 +5,7 @@ asks has read sources and kernel.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TypeAlias
 
@@ -178,8 +179,20 @@ class PlanText:
         yield from _section("ClusterIPs", sorted(ruleset.clusterIPs))
         yield "Addresses:"
         yield from (f"  {line}" for line in _locality(ruleset.locality))
-        yield from _section("Not served", [f"{name}: {why}" for name, why in sorted(plan.notServed.items())])
+        notServed = [f"{name}: {why}" for name, why in sorted(plan.notServed.items())]
+        yield from _section("Not served", [*notServed, *self._crowded()])
         yield from self._comparison()
+
+    def _crowded(self) -> Iterator[str]:
+        """Where there are more listeners than ports: who gets one is only known once they are opened."""
+        if self._plan.portRange is None:
+            return
+        first, last = self._plan.portRange
+        counts = Counter((it.pool.port.protocol, it.pool.port.family) for it in self._plan.listeners)
+        for (protocol, family), count in sorted(counts.items()):
+            if count > last - first + 1:
+                some = f"{count - (last - first + 1)} of {count} listeners for {protocol}/{family}"
+                yield f"{some}: port-range {first}-{last} has no more ports; widen it"
 
     def _comparison(self) -> Iterator[str]:
         if self._uncompared:

@@ -156,6 +156,16 @@ class ComparisonTests(SynchronousTestCase):
 class TextTests(SynchronousTestCase):
     """The whole text."""
 
+    def test_crowded(self) -> None:
+        """More listeners than there are ports for them."""
+        for last, expected in ((20001, []), (20000, [
+            "Not served (1):",
+            "  1 of 2 listeners for TCP/IPv4: port-range 20000-20000 has no more ports; widen it",
+        ])):
+            lines = list(PlanText(planner((20000, last)).plan(serviceMap(WEB), None)).lines())
+            begins = next((n for n, line in enumerate(lines) if line.startswith("Not served (1)")), len(lines))
+            self.assertEqual(lines[begins : begins + 2], expected)
+
     def test_everything(self) -> None:
         """Each part, sorted; ports that are not known are shown as such."""
         found = Ruleset({CLUSTER: LEFT.rules[CLUSTER]}, frozenset({Guard("IPv4", "TCP", 41000)}))
