@@ -102,7 +102,10 @@ class ISource(IService):
         """JSON-able facts for operators: where it reads, its state in words, the last error. No secrets."""
 
     def faults() -> Mapping[str, str]:
-        """What it cannot read now, and why: file, folder or kind → reason. What was read of it before counts on."""
+        """
+        What it cannot read now, and why: file, folder or kind → reason; what was read of it before counts on. Also
+        ``FILE:LINE`` → what is wrong there with something that no word names.
+        """
 
 
 class IEventRecorder(Interface):

@@ -6,6 +6,7 @@ no socket that anybody could reach, and takes nothing from a daemon that runs be
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -27,6 +28,8 @@ from .userspace.redirect import planned, poolsOf, preferred
 #: so long sources may take to say what there is, in seconds
 READING_SECONDS = 30.0
 KEPT = "a daemon that runs keeps its last good content"
+#: ends the name of what is only a part of a file: of that there may never have been a good version
+_LINE = re.compile(r":\d+\Z")
 MakeSources = Callable[[Any, Config, Cluster], Iterable[ISource]]
 ChooseWriter = Callable[[Any, Config], "Deferred[IRuleWriter]"]
 
@@ -90,13 +93,14 @@ async def _plan(
             "and zone and podCIDRs of the node are not known"
         )
     unreadable = [f"{it['kind']} {it['key']} cannot be read: {it['reason']}" for it in cluster.quarantined()]
-    lines += text.lines(cluster.problems(), [*(f"{it} ({KEPT})" for it in unread), *unreadable])
-    return lines, [f"kproxy: not in the plan: {it}" for it in unread]
+    told = [f"{it} ({KEPT})" if isWhole else it for it, isWhole in unread]
+    lines += text.lines(cluster.problems(), [*told, *unreadable])
+    return lines, [f"kproxy: not in the plan: {it}" for it, _ in unread]
 
 
-async def _read(reactor: Any, cluster: Cluster, sources: list[ISource], seconds: float) -> list[str]:
+async def _read(reactor: Any, cluster: Cluster, sources: list[ISource], seconds: float) -> list[tuple[str, bool]]:
     """
-    :return: what is at fault though all has been read.
+    :return: what is at fault though all has been read, and whether that is a whole file, folder or kind.
     :raise KproxyError: naming what could not be read in time, and what the sources say of it.
     """
     done: Deferred[None] = Deferred()
@@ -116,7 +120,7 @@ async def _read(reactor: Any, cluster: Cluster, sources: list[ISource], seconds:
         await done
         if not cluster.synced:
             missing = ", ".join(cluster.missing)
-            said = [f"within {seconds:g} s these could not be read: {missing}", *_faultsOf(sources)]
+            said = [f"within {seconds:g} s these could not be read: {missing}", *(it for it, _ in _faultsOf(sources))]
             raise KproxyError("\n".join(said))
         return _faultsOf(sources)
     finally:
@@ -126,8 +130,12 @@ async def _read(reactor: Any, cluster: Cluster, sources: list[ISource], seconds:
             await maybeDeferred(source.stopService)
 
 
-def _faultsOf(sources: Iterable[ISource]) -> list[str]:
-    return [f"{source.name}: {what}: {why}" for source in sources for what, why in sorted(source.faults().items())]
+def _faultsOf(sources: Iterable[ISource]) -> list[tuple[str, bool]]:
+    return [
+        (f"{source.name}: {what}: {why}", _LINE.search(what) is None)
+        for source in sources
+        for what, why in source.faults().items()
+    ]
 
 
 async def _inForce(

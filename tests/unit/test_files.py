@@ -346,6 +346,84 @@ class FilesTests(FolderCase):
         self.assertEqual(word.object.spec.ports[0].port, 81)
         self.assertEqual(self.rig.source.status()["broken"], {})
 
+    def test_looseFaults(self) -> None:
+        """What is wrong in a file and is no object with a name is a fault of the source, until it is mended."""
+        unnamed = "---\napiVersion: v1\nkind: Service\nmetadata: {}\n"
+        self.start(
+            a=service("web") + "---\nkind: Service\nmetadata: {name: nov}\n--- text\n" + unnamed,
+            b=service("bad", "eighty"),
+            c=service("web") + "---\n" + service("db") + "---\n" + service("db"),
+        )
+        lines = service("web").count("\n")
+        self.assertEqual(
+            dict(self.rig.source.faults()),
+            {
+                f"a.yaml:{lines + 2}": "Service default/nov: apiVersion is missing; it must be v1",
+                f"a.yaml:{lines + 4}": "is no object but text",
+                f"a.yaml:{lines + 6}": "Service: it has no metadata.name",
+                "c.yaml:1": "Service shop/web is also in a.yaml, which counts: remove one",
+                f"c.yaml:{2 * lines + 3}": f"Service shop/db: is already on line {lines + 2}, which counts",
+            },
+        )
+        self.assertEqual(list(self.rig.words.state["Service"]), ["shop/web", "shop/db"])
+        self.rig.write("a.yaml", "[")  # its lines are told no more, but the object that it had stays
+        self.rig.poll()
+        self.assertEqual([it for it in self.rig.source.faults() if it.startswith("a")], ["a.yaml"])
+        self.assertIn("c.yaml:1", self.rig.source.faults())
+        self.rig.write("a.yaml", service("web"))
+        self.rig.write("c.yaml", service("db"))
+        self.rig.poll()
+        self.assertEqual(dict(self.rig.source.faults()), {})
+
+    def test_looseFaultsOfLostFolder(self) -> None:
+        """They stay while the folder is away, as all does."""
+        self.start(a="5")
+        os.rename(self.folder, f"{self.folder}.gone")
+        self.rig.poll()
+        self.assertEqual(list(self.rig.source.faults()), [self.folder, "a.yaml:1"])
+        os.rename(f"{self.folder}.gone", self.folder)
+        self.rig.poll()
+        self.assertEqual(dict(self.rig.source.faults()), {"a.yaml:1": "is no object but a number"})
+
+    def test_looseFaultsOnOneLine(self) -> None:
+        """Several on one line share their place."""
+        self.rig.write("l.json", json.dumps({"kind": "List", "apiVersion": "v1", "items": [1, "x"]}))
+        self.start()
+        expected = {"l.json:1": "is no object but a number; is no object but text"}
+        self.assertEqual(dict(self.rig.source.faults()), expected)
+
+    def test_manyLooseFaults(self) -> None:
+        """Only so many are told; how many more there are is the last of them."""
+        self.start(a="--- 5\n" * 15, b="--- 5\n" * 15)
+        faults = dict(self.rig.source.faults())
+        self.assertEqual(list(faults)[:3], ["a.yaml:1", "a.yaml:2", "a.yaml:3"])
+        self.assertEqual(list(faults)[-2:], ["b.yaml:5", "b.yaml:6"])
+        self.assertEqual(faults["b.yaml:6"], "10 more faults from here on are left out")
+
+    def test_mended(self) -> None:
+        """A file that has no fault any more is told of, once; one that has gone, or has others, is not."""
+        bad = service("x") + "--- 5\n"
+        self.start(a="[", b=service("bad", "eighty"), c=service("web"), d=service("web"), e="[", f=bad, g="--- 6\n")
+        self.logged.clear()
+        self.rig.write("a.yaml", service("a"))
+        self.rig.write("b.yaml", service("bad"))
+        self.rig.write("d.yaml", service("d"))
+        self.rig.write("e.yaml", "--- 5\n")
+        self.rig.write("f.yaml", bad + "# the same\n")
+        self.rig.unlink("g.yaml")
+        self.rig.poll()
+        self.assertEqual(
+            self.logged,
+            [
+                f"{self.path('e.yaml')}:1: is no object but a number",
+                f"{self.path('a.yaml')}: can be read again",
+                f"{self.path('b.yaml')}: has no fault any more",
+                f"{self.path('d.yaml')}: has no fault any more",
+            ],
+        )
+        self.rig.poll()
+        self.assertEqual(len(self.logged), 4)
+
     def test_brokenAtStart(self) -> None:
         """A file that was never good costs the others nothing."""
         self.start(a="[", b=service("db"))
@@ -715,7 +793,11 @@ class ParseTests(SynchronousTestCase):
             ("5", "is no object but a number"),
             ("- a", "is no object but a list"),
             ("metadata: {name: x}", "has no kind"),
-            ("kind: Service\nmetadata: {name: x}", "Service: apiVersion must be v1"),
+            ("kind: Service\nmetadata: {name: x}", "Service default/x: apiVersion is missing; it must be v1"),
+            ("kind: Node\nmetadata: {name: x}", "Node x: apiVersion is missing; it must be v1"),
+            ("kind: Service\nmetadata: [x]", "Service: apiVersion is missing; it must be v1"),
+            ("kind: Service\napiVersion: v1/v1\nmetadata: {name: x, namespace: 5}", "Service: apiVersion must be v1"),
+            ("kind: Service\napiVersion: [v1]\nmetadata: {name: x}", "Service default/x: apiVersion must be v1"),
             ("kind: EndpointSlice\napiVersion: discovery.k8s.io/v2", "must be discovery.k8s.io/v1 or discovery."),
             ("kind: Service\napiVersion: v1\nmetadata: []", "Service: metadata must be a mapping"),
             ("kind: List\napiVersion: v1\nitems: 5", "items is no list but a number"),

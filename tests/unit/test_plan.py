@@ -171,6 +171,12 @@ class PlanTests(SynchronousTestCase):
         self.assertEqual(self.faults, ["kproxy: not in the plan: local: a.yaml: line 3: is no YAML"])
         self.assertEqual(lines[-1], "nothing to do")
 
+    def test_brokenPart(self) -> None:
+        """Of a part of a file nobody says that there is a good version of it."""
+        self.broken = {"a.yaml:3": "is no object but text"}
+        self.assertEqual(self.lines()[1:3], ["Problems (1):", "  local: a.yaml:3: is no object but text"])
+        self.assertEqual(self.faults, ["kproxy: not in the plan: local: a.yaml:3: is no object but text"])
+
     def test_badObject(self) -> None:
         """An object that cannot be read is told on top, too."""
         self.rejected = {"shop/bad": "it has no spec"}

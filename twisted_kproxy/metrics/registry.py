@@ -92,7 +92,9 @@ class _StateCollector(Collector):
                 labels=["source", "kind"],
             ),
             GaugeMetricFamily(
-                "kproxy_source_faults", "Files, or kinds of objects, that a source cannot read now", labels=["source"]
+                "kproxy_source_faults",
+                "Files, parts of files, or kinds of objects, that a source cannot read now",
+                labels=["source"],
             ),
             GaugeMetricFamily(
                 "kproxy_quarantined_objects",

@@ -17,7 +17,7 @@ from zope.interface import implementer
 from ..core.values import Replaced, Word
 from ..core.wording import counted
 from ..interfaces import IChannel, ISource
-from .scan import KINDS, Identity, Said, Scan, faultsOf, firstWords, isManifest, look, nextWords
+from .scan import KINDS, Identity, Said, Scan, faultsOf, firstWords, isManifest, look, nextWords, shown
 from .watch import FolderWatch
 
 __all__ = ["FilesSource", "faultsOf"]
@@ -119,14 +119,14 @@ class FilesSource(Service):
         return dict.fromkeys(self.kinds, age)
 
     def faults(self) -> Mapping[str, str]:
-        trouble = {_shown(self._path): self._trouble.removeprefix(self._path).lstrip(": ")} if self._trouble else {}
-        return {**trouble, **self._broken()}
+        trouble = {shown(self._path): self._trouble.removeprefix(self._path).lstrip(": ")} if self._trouble else {}
+        return {**trouble, **self._broken(), **(self._scan.faults if self._scan else {})}
 
     def _broken(self) -> dict[str, str]:
         """Files that cannot be read, by name: on which line, and why."""
         files = self._scan.files if self._scan else {}
         return {
-            _shown(name): f"line {state.line}: {state.fault}" if state.line else state.fault
+            shown(name): f"line {state.line}: {state.fault}" if state.line else state.fault
             for name, state in sorted(files.items())
             if state.fault
         }
@@ -282,8 +282,3 @@ def _work(
     words, now = firstWords(source, scan.wanted) if said is None else nextWords(source, scan.wanted, said)
     words.reverse()
     return scan, words, now
-
-
-def _shown(name: str) -> str:
-    """A file's name for people: what is no UTF-8 in it is escaped."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")

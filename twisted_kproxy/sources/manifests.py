@@ -79,11 +79,13 @@ class Manifest(Struct, frozen=True):
 
     :ivar found: in the order of the file; no key twice.
     :ivar faults: line and reason of each part that says nothing that can be used; those in ``found`` are among them.
+    :ivar loose: those of them that nobody learns of from ``found``.
     :ivar skipped: kind → how many objects of it, of kinds that a service proxy does not read.
     """
 
     found: tuple[Found, ...] = ()
     faults: tuple[tuple[int, str], ...] = ()
+    loose: tuple[tuple[int, str], ...] = ()
     skipped: dict[str, int] = {}
 
 
@@ -98,7 +100,9 @@ def parse(data: bytes, isJSON: bool = False) -> Manifest:
     sorting = _Sorting()
     for line, value in _json(data) if isJSON else _yaml(data):
         sorting.take(value, line, "", "")
-    return Manifest(tuple(sorting.found.values()), tuple(sorting.faults), sorting.skipped)
+    return Manifest(
+        tuple(sorting.found.values()), tuple(sorting.faults), tuple(sorting.loose), sorting.skipped
+    )
 
 
 class Lines:
@@ -120,6 +124,7 @@ class _Sorting:
     def __init__(self) -> None:
         self.found: dict[tuple[str, str], Found] = {}
         self.faults: list[tuple[int, str]] = []
+        self.loose: list[tuple[int, str]] = []
         self.skipped: dict[str, int] = {}
 
     def take(self, value: Any, line: int, kind: str, version: str, lines: Lines | None = None) -> None:
@@ -128,12 +133,12 @@ class _Sorting:
         if value is None:
             return
         if not isinstance(value, dict):
-            self.faults.append((line, f"is no object but {_sort(value)}"))
+            self._fault(line, f"is no object but {_sort(value)}")
             return
         kind = value.get("kind") or kind
         version = value.get("apiVersion") or version
         if not isinstance(kind, str) or not kind:
-            self.faults.append((line, "has no kind"))
+            self._fault(line, "has no kind")
         elif kind == "List" or (kind.endswith("List") and kind[:-4] in VERSIONS):
             self._list(value, line, kind, version, lines)
         elif kind not in VERSIONS:
@@ -143,7 +148,9 @@ class _Sorting:
                 name = f"{kind}.{version}"  # another project's kind of the same name
                 self.skipped[name] = self.skipped.get(name, 0) + 1
             else:
-                self.faults.append((line, f"{kind}: apiVersion must be {' or '.join(VERSIONS[kind])}"))
+                what = f"{kind} {_keyOf(_placed(value, kind))}".rstrip()  # type: ignore[arg-type]
+                must = f"must be {' or '.join(VERSIONS[kind])}"
+                self._fault(line, f"{what}: apiVersion {must if version else f'is missing; it {must}'}")
         else:
             self._object(value, line, kind)  # type: ignore[arg-type]
 
@@ -152,7 +159,7 @@ class _Sorting:
         if items is None:
             return
         if not isinstance(items, list):
-            self.faults.append((line, f"{kind}: items is no list but {_sort(items)}"))
+            self._fault(line, f"{kind}: items is no list but {_sort(items)}")
             return
         inner = "" if kind == "List" else kind[:-4]
         for item in items:
@@ -166,13 +173,17 @@ class _Sorting:
             found = Found(kind, wire.keyOf(it.metadata), line, it)
         except wire.Unreadable as error:
             found = Found(kind, error.key or _keyOf(value), line, None, error.reason)
-            self.faults.append((line, f"{kind} {found.key}".rstrip() + f": {error.reason}"))
-            if not found.key:
-                return
-        first = self.found.setdefault((kind, found.key), found)
-        if first is not found:
-            reason = f"is already on line {first.line}, which counts"
-            self.faults.append((line, f"{kind} {found.key}: {reason}"))
+        first = self.found.setdefault((kind, found.key), found) if found.key else None
+        what = f"{kind} {found.key}".rstrip()
+        if found.reason:
+            self._fault(line, f"{what}: {found.reason}", isLoose=first is not found)
+        if first is not None and first is not found:
+            self._fault(line, f"{what}: is already on line {first.line}, which counts")
+
+    def _fault(self, line: int, reason: str, isLoose: bool = True) -> None:
+        self.faults.append((line, reason))
+        if isLoose:
+            self.loose.append((line, reason))
 
 
 _GROUPS = {version.partition("/")[0] for versions in VERSIONS.values() for version in versions}

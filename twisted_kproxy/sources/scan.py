@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Collection, Iterable, Mapping
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from msgspec import Struct
 
@@ -20,6 +20,8 @@ SUFFIXES = (".yaml", ".yml", ".json")
 KINDS: tuple[Kind, ...] = ("Service", "EndpointSlice", "Endpoints", "Node", "ServiceCIDR")
 #: More lines about one look than this are only counted.
 MOST_NOTES = 20
+#: The same of the faults that stand in files which can be read as a whole.
+MOST_FAULTS = 20
 
 Signature: TypeAlias = tuple[int, ...]
 Identity: TypeAlias = tuple[Kind, str]
@@ -48,12 +50,26 @@ class Said(Struct, frozen=True):
     reason: str = ""
 
 
+class Double(Struct, frozen=True):
+    """An object that stands in a second file: in which it counts, and where the second is."""
+
+    first: str
+    second: str
+    line: int
+
+    @property
+    def reason(self) -> str:
+        return f"is also in {shown(self.first)}, which counts: remove one"
+
+
 class Scan(Struct, frozen=True):
     """
     The outcome of one look.
 
     :ivar files: by file name.
     :ivar wanted: every object, each from the first file in name order that holds it.
+    :ivar doubled: those that stand in a second file.
+    :ivar faults: place in a file → what is wrong there, of all that is not said of an object by its key.
     :ivar notes: whether it is a warning, and the line for the log.
     :ivar missing: the path does not exist.
     :ivar isFolder: the path is a folder; what it was before where it is missing.
@@ -63,6 +79,8 @@ class Scan(Struct, frozen=True):
 
     files: Mapping[str, FileState]
     wanted: Mapping[Identity, Found]
+    doubled: Mapping[Identity, Double] = {}
+    faults: Mapping[str, str] = {}
     notes: tuple[tuple[bool, str], ...] = ()
     missing: bool = False
     isFolder: bool = True
@@ -90,12 +108,9 @@ def look(path: str, before: Scan | None = None, force: Collection[str] = ()) -> 
     except FileNotFoundError:
         # A file that was removed takes its objects with it. A folder that has gone may be a volume that is not
         # mounted just now: contact is lost, and what was said stays true.
-        keep = before if before and wasFolder else None
-        kept = (keep.files, keep.wanted) if keep else ({}, {})
-        return Scan(*kept, missing=True, isFolder=wasFolder)
+        return _kept(before if wasFolder else None, missing=True, isFolder=wasFolder)
     except OSError as error:
-        kept = (before.files, before.wanted) if before else ({}, {})
-        return Scan(*kept, isFolder=wasFolder, error=f"{path}: cannot be read: {error.strerror}")
+        return _kept(before, isFolder=wasFolder, error=f"{path}: cannot be read: {error.strerror}")
     folder = path if isFolder else os.path.dirname(path)
     reader = _Reader()
     files = {}
@@ -104,9 +119,19 @@ def look(path: str, before: Scan | None = None, force: Collection[str] = ()) -> 
         if state is not None:
             files[name] = state
     wanted, doubled = _merged(files)
-    if doubled:
-        reader.notes += _doubledNotes(folder, doubled, _merged(old)[1])
-    return Scan(files, wanted, _few(reader.notes, path), isFolder=isFolder, unsettled=reader.unsettled)
+    reader.notes += _doubledNotes(folder, doubled, before.doubled if before else {})
+    if before:
+        mended = _atFault(before.files, before.doubled) - _atFault(files, doubled)
+        reader.notes += ((False, _mended(folder, name, old[name])) for name in sorted(mended & files.keys()))
+    notes = _few(reader.notes, path)
+    return Scan(files, wanted, doubled, _faults(files, doubled), notes, isFolder=isFolder, unsettled=reader.unsettled)
+
+
+def _kept(before: Scan | None, **kw: Any) -> Scan:
+    """All as it was, but for what is said of the path itself."""
+    if before is None:
+        return Scan({}, {}, **kw)
+    return Scan(before.files, before.wanted, before.doubled, before.faults, **kw)
 
 
 class _Reader:
@@ -175,16 +200,16 @@ def _bytes(path: str) -> tuple[bytes, Signature]:
         return data, _signature(os.fstat(fd))
 
 
-def _merged(files: Mapping[str, FileState]) -> tuple[dict[Identity, Found], dict[Identity, tuple[str, str]]]:
-    """Every object from the first file in name order; and those that stand in a second file, with both names."""
+def _merged(files: Mapping[str, FileState]) -> tuple[dict[Identity, Found], dict[Identity, Double]]:
+    """Every object from the first file in name order; and those that stand in a second file."""
     wanted: dict[Identity, Found] = {}
     owner: dict[Identity, str] = {}
-    doubled: dict[Identity, tuple[str, str]] = {}
+    doubled: dict[Identity, Double] = {}
     for name in sorted(files):
         for found in files[name].manifest.found:
             identity = (found.kind, found.key)
             if identity in wanted:
-                doubled.setdefault(identity, (owner[identity], name))
+                doubled.setdefault(identity, Double(owner[identity], name, found.line))
             else:
                 wanted[identity] = found
                 owner[identity] = name
@@ -192,17 +217,54 @@ def _merged(files: Mapping[str, FileState]) -> tuple[dict[Identity, Found], dict
 
 
 def _doubledNotes(
-    folder: str, doubled: Mapping[Identity, tuple[str, str]], known: Mapping[Identity, tuple[str, str]]
+    folder: str, doubled: Mapping[Identity, Double], known: Mapping[Identity, Double]
 ) -> Iterable[tuple[bool, str]]:
-    for identity, (first, second) in doubled.items():
-        if known.get(identity) != (first, second):
-            what = " ".join(identity)
-            yield True, f"{os.path.join(folder, second)}: {what} is also in {first}, which counts: remove one"
+    for identity, it in doubled.items():
+        old = known.get(identity)
+        if old is None or (old.first, old.second) != (it.first, it.second):
+            yield True, f"{os.path.join(folder, it.second)}: {' '.join(identity)} {it.reason}"
+
+
+def _atFault(files: Mapping[str, FileState], doubled: Mapping[Identity, Double]) -> set[str]:
+    """The names of the files that something is wrong with."""
+    names = {name for name, state in files.items() if state.fault or state.manifest.faults}
+    return names | {it.second for it in doubled.values()}
+
+
+def _mended(folder: str, name: str, old: FileState) -> str:
+    return f"{os.path.join(folder, name)}: {'can be read again' if old.fault else 'has no fault any more'}"
+
+
+def _faults(files: Mapping[str, FileState], doubled: Mapping[Identity, Double]) -> dict[str, str]:
+    """What is wrong in files that can be read as a whole, by name and line, the first of it by these."""
+    found = [
+        (name, line, reason)
+        for name, state in files.items()
+        if not state.fault  # else its lines are those of a text that stands there no more
+        for line, reason in state.manifest.loose
+    ]
+    found += ((it.second, it.line, f"{' '.join(identity)} {it.reason}") for identity, it in doubled.items())
+    found.sort(key=lambda it: it[:2])
+    if len(found) > MOST_FAULTS:
+        name, line, _ = found[MOST_FAULTS]
+        found[MOST_FAULTS:] = [(name, line, f"{len(found) - MOST_FAULTS} more faults from here on are left out")]
+    told: dict[str, str] = {}
+    for name, line, reason in found:
+        place = f"{shown(name)}:{line}"
+        told[place] = f"{told[place]}; {reason}" if place in told else reason
+    return told
+
+
+def shown(name: str) -> str:
+    """A file's name for people: what is no UTF-8 in it is escaped."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _few(notes: list[tuple[bool, str]], path: str) -> tuple[tuple[bool, str], ...]:
     if len(notes) > MOST_NOTES:
-        notes = [*notes[:MOST_NOTES], (True, f"{path}: {len(notes) - MOST_NOTES} more such lines are left out")]
+        isWarning = any(it for it, _ in notes[MOST_NOTES:])
+        left = f"{path}: {len(notes) - MOST_NOTES} more such lines are left out"
+        notes = [*notes[:MOST_NOTES], (isWarning, left)]
     return tuple(notes)
 
 
