@@ -227,7 +227,8 @@ class FaultTests(IniCase):
     def test_unknownSection(self) -> None:
         """An unknown section is answered with the nearest one and all there are."""
         fault = self.fault(f"{LOCAL}[heath]\nbind =\n")
-        self.assertIn("[heath] is not known; did you mean 'health'?", fault)
+        self.assertIn("[heath] is not known; did you mean 'health'? There is [kproxy], [", fault)
+        self.assertIn("[wat] is not known; there is [kproxy], [", self.fault(f"{LOCAL}[wat]\n"))
         self.assertIn("[source:NAME]", fault)
         self.assertIn("did you mean 'source:b'?", self.fault(f"{LOCAL}[sources:b]\n"))
 
@@ -266,7 +267,8 @@ class FaultTests(IniCase):
             ("userspace", "connect-timeouts =", "must hold at least one duration"),
             ("userspace", "connect-timeouts = ; none", "must hold at least one duration"),
             ("userspace", "connect-timeouts = 1s 0s", "must be at least 1ms"),
-            ("userspace", "connect-timeouts = 1s 2", "write 2s for seconds"),
+            ("userspace", "connect-timeouts = 1s 2", "connect-timeouts = 1s 2: 2 has no unit: write 2ms or 2s; units"),
+            ("userspace", "connect-timeouts = 250 500", "250 has no unit: write 250ms or 250s; units are"),
             ("userspace", "udp-idle-timeout = 0s", "must be at least 1ms"),
             ("userspace", "port-range = 36999-36000", "is reversed: write 36000-36999"),
             ("userspace", "port-range = 1000-2000", "must lie within 1024 to 65535"),

@@ -328,6 +328,29 @@ class FilesTests(FolderCase):
         self.start(a=yaml.safe_dump({"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": "x"}}))
         self.assertEqual(self.logged, [f"{self.path('a.yaml')}: 1 object is not for us: Deployment"])
 
+    def test_misspelledKind(self) -> None:
+        """A kind that is nearly one of ours is a fault, also for ``--check``; a neighbour of that name is not."""
+        for kind, meant in (
+            ("Servcie", "Service"), ("service", "Service"), ("Services", "Service"), ("Endpoint", "Endpoints"),
+            ("EndpointSlices", "EndpointSlice"), ("Nodes", "Node"), ("ServiceCidr", "ServiceCIDR"), ("Lists", "List"),
+            ("ServciesList", "ServiceList"),
+        ):  # fmt: skip
+            for head in ("apiVersion: v1\n", ""):
+                read = parse(f"{head}kind: {kind}\nmetadata: {{name: x}}\nitems: []\n".encode())
+                self.assertEqual(read.faults, ((1, f"kind {kind} is not known; did you mean {meant!r}?"),))
+                self.assertEqual((read.loose, read.skipped), (read.faults, {}))
+        for kind, version in (
+            ("ServiceAccount", "v1"), ("Secret", "v1"), ("Pod", "v1"), ("PodList", "v1"),
+            ("Ingress", "networking.k8s.io/v1"),
+            ("IngressClass", "networking.k8s.io/v1"), ("IPAddress", "networking.k8s.io/v1"), ("ServiceMonitor", "x/v1"),
+            ("ServiceSet", "example/v1"), ("Services", "example/v1"),
+        ):  # fmt: skip
+            read = parse(f"kind: {kind}\napiVersion: {version}\n".encode())
+            self.assertEqual((read.faults, read.skipped), ((), {kind: 1}))
+        self.start(a="apiVersion: v1\nkind: Servcie\nmetadata: {name: x}\n")
+        expected = f"{self.path('a.yaml')}:1: kind Servcie is not known; did you mean 'Service'?"
+        self.assertEqual((self.logged, faultsOf(self.folder)), ([expected], [expected]))
+
     def test_brokenFile(self) -> None:
         """A file that is no YAML keeps its last good content; file, line and reason are logged once."""
         self.start(a=service("web"), b=service("db"))

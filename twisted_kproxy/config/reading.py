@@ -9,6 +9,7 @@ import socket
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
+from ..core.wording import suggestion
 from ..interfaces import KproxyError
 from .ini import MAX_BYTES, Fault, Section, parseIni, shown
 from .model import (
@@ -26,7 +27,7 @@ from .model import (
     SourceOptions,
     schema,
 )
-from .values import DURATION, NODE_NAME, HostPort, masked, suggestion
+from .values import DURATION, NODE_NAME, HostPort, masked
 
 SERVICE_ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"
 _SOURCE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}\Z")
@@ -95,7 +96,8 @@ class _Reading:
                 if section.name.partition(":")[0] in ("sources", "Source", "src"):
                     near = f"; did you mean 'source:{shown(section.name.partition(':')[2]) or 'NAME'}'?"
                 names = ", ".join(f"[{name}]" for name in known)
-                self._fault(section.line, f"[{shown(section.name)}] is not known{near} There is {names}".strip())
+                there = f"{near} There" if near else "; there"
+                self._fault(section.line, f"[{shown(section.name)}] is not known{there} is {names}")
         if not any(name == "source" or name.startswith("source:") for name in self.sections):
             example = "[source:local] with type = files and path = services.d"
             self._fault(0, f"no source of services: add one, such as {example}")

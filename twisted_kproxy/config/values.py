@@ -8,19 +8,20 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections.abc import Callable, Iterable
-from difflib import get_close_matches
 from typing import Any
 from urllib.parse import urlsplit
 
 from msgspec import Struct
 
 from ..core.values import hostPort
+from ..core.wording import suggestion
 
 LONGEST = 86400.0
 LONGEST_TIMEOUT = 8760 * 3600
 LARGEST_COUNT = 2**31 - 1
 _UNITS = {"ms": 1, "s": 1000, "m": 60_000, "h": 3_600_000}
 _DURATION = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)(ms|s|m|h)")
+_BARE = re.compile(r"\d+(\.\d+)?")
 #: RFC 1123 subdomain, as the API server demands of a Node's name.
 _NODE_NAME = re.compile(r"(?=.{1,253}\Z)[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*\Z")
 _LABEL_VALUE = re.compile(r"(?=.{1,63}\Z)[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?\Z")
@@ -43,13 +44,6 @@ class Value(Struct, frozen=True):
 
     read: Callable[[str], Any]
     write: Callable[[Any], str] = str
-
-
-def suggestion(word: str, known: Iterable[str]) -> str:
-    """``; did you mean 'x'?`` where something known is near, else nothing."""
-    folded = {one.lower(): one for one in known}
-    near = get_close_matches(word.lower(), folded, 1, 0.6)
-    return f"; did you mean {folded[near[0]]!r}?" if near else ""
 
 
 def oneOf(known: Iterable[str], refused: dict[str, str] | None = None) -> Value:
@@ -79,7 +73,7 @@ def _milliseconds(text: str) -> float:
         total += float(match[1]) * _UNITS[match[2]]
         end = match.end()
     if end == 0 or end != len(text):
-        if re.fullmatch(r"\d+(\.\d+)?", text):
+        if _BARE.fullmatch(text):
             raise ValueError(f"a bare number has no unit: write {text}s for seconds; units are ms, s, m and h")
         raise ValueError("must be a duration with a unit, ms, s, m or h, such as 250ms, 30s or 1m30s")
     return total
@@ -115,6 +109,10 @@ def readDurations(text: str) -> tuple[float, ...]:
         raise ValueError("must hold at least one duration, such as 250ms 500ms 1s 2s")
     if len(parts) > 16:
         raise ValueError("must hold at most 16 durations")
+    for part in parts:
+        if _BARE.fullmatch(part):
+            # These are short, and who comes from elsewhere may well have meant milliseconds.
+            raise ValueError(f"{part} has no unit: write {part}ms or {part}s; units are ms, s, m and h")
     return tuple(readPositiveDuration(part) for part in parts)
 
 

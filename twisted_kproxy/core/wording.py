@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+from difflib import get_close_matches
 
 _SORTS = {
     "int": "a number", "float": "a number", "str": "text", "bool": "true or false", "array": "a list",
@@ -21,6 +23,17 @@ def counted(count: int, what: str, many: str = "") -> str:
 def plural(kind: str) -> str:
     """Many objects of a kind."""
     return kind if kind.endswith("s") else f"{kind}s"
+
+
+def suggestion(word: str, known: Iterable[str], nearness: float = 0.6) -> str:
+    """
+    ``; did you mean 'x'?`` where something known is near, else nothing.
+
+    :param nearness: from 0, anything is near, to 1, it differs in capitals at the most.
+    """
+    folded = {one.lower(): one for one in known}
+    near = get_close_matches(word.lower(), folded, 1, nearness)
+    return f"; did you mean {folded[near[0]]!r}?" if near else ""
 
 
 def fieldFault(text: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 import msgspec
@@ -17,6 +18,7 @@ from msgspec import Struct
 
 from ..core import wire
 from ..core.values import Kind
+from ..core.wording import suggestion
 
 MAX_BYTES = 32 << 20
 MAX_DEPTH = 100
@@ -31,6 +33,8 @@ VERSIONS: dict[str, tuple[str, ...]] = {
     "EndpointSlice": ("discovery.k8s.io/v1", "discovery.k8s.io/v1beta1"),
     "ServiceCIDR": ("networking.k8s.io/v1", "networking.k8s.io/v1beta1"),
 }
+#: From this nearness on an unknown kind is a misspelled one. Less, and Kubernetes' own ServiceAccount would be.
+NEARNESS = 0.85
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _TAG = "tag:yaml.org,2002:"
 #: Numbers as PyYAML and kubectl agree on them. On ``1e3``, ``089``, ``0o17`` and ``12:30`` they do not: these are text.
@@ -142,9 +146,13 @@ class _Sorting:
         elif kind == "List" or (kind.endswith("List") and kind[:-4] in VERSIONS):
             self._list(value, line, kind, version, lines)
         elif kind not in VERSIONS:
-            self.skipped[kind] = self.skipped.get(kind, 0) + 1
+            near = _near(kind) if _mayBeOurs(version) and len(kind) < 32 else ""
+            if near:
+                self._fault(line, f"kind {kind} is not known{near}")
+            else:
+                self.skipped[kind] = self.skipped.get(kind, 0) + 1
         elif version not in VERSIONS[kind]:
-            if version and isinstance(version, str) and version.partition("/")[0] not in _GROUPS:
+            if not _mayBeOurs(version):
                 name = f"{kind}.{version}"  # another project's kind of the same name
                 self.skipped[name] = self.skipped.get(name, 0) + 1
             else:
@@ -187,6 +195,17 @@ class _Sorting:
 
 
 _GROUPS = {version.partition("/")[0] for versions in VERSIONS.values() for version in versions}
+_KINDS = (*VERSIONS, "List", *(f"{kind}List" for kind in VERSIONS))
+
+
+@lru_cache(64)  # a large file repeats its few kinds
+def _near(kind: str) -> str:
+    return suggestion(kind, _KINDS, NEARNESS)
+
+
+def _mayBeOurs(version: Any) -> bool:
+    """Whether an ``apiVersion`` is none of another project's, which may have kinds of the same name."""
+    return not version or not isinstance(version, str) or version.partition("/")[0] in _GROUPS
 
 
 def _placed(value: dict[Any, Any], kind: Kind) -> dict[Any, Any]:
