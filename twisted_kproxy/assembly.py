@@ -85,6 +85,8 @@ class Carriers:
             reactor, poller, config.engine, config.nativeThread, config.workers
         )
         self._accessLog = AccessLog(reactor, config.accessLog) if config.accessLog else None
+        if self._accessLog is not None:
+            self._accessLog.open()
 
     def makeTcp(self, reactor: Any, pool: PoolName, balancer: ILoadBalancer, observer: ITrafficObserver) -> IProxier:
         """A proxier for a pool of a TCP service port."""

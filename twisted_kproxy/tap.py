@@ -22,7 +22,7 @@ from twisted.python.failure import Failure
 from twisted.python.logfile import LogFile
 
 from . import __version__, logs, plugin
-from .config import ApiOptions, Config, InvalidConfig, checkFiles, load, render
+from .config import ApiOptions, Config, InvalidConfig, checkFiles, fileWarnings, load, render
 from .interfaces import IPolicyMaker, ISourceMaker, IWriterMaker, KproxyError
 from .reactor import installIfFree
 
@@ -96,7 +96,7 @@ def check(config: Config) -> int:
     from .sources.api import accessFaults, accessFor
     from .sources.files import faultsOf
 
-    warnings: list[str] = []
+    warnings = fileWarnings(config)
 
     def access(name: str, options: ApiOptions, environ: Mapping[str, str]) -> None:
         found, doubtful = accessFaults(accessFor(name, options, environ), environ)

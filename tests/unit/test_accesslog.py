@@ -8,12 +8,16 @@ import socket
 from typing import Any
 
 from twisted.internet import reactor
+from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
+from twisted.logger import formatEvent, globalLogPublisher
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
 from tests.builders import portName
 from tests.shared.proxiers import ProxierParts
 from tests.unit.test_tcp import deadEndpoint
+from twisted_kproxy.assembly import Carriers
+from twisted_kproxy.config import Config
 from twisted_kproxy.core.values import Endpoint, Outcome, PoolName
 from twisted_kproxy.userspace import accesslog
 from twisted_kproxy.userspace.accesslog import AccessLog, originalDestination
@@ -100,6 +104,41 @@ class AccessLogTests(SynchronousTestCase):
         self.reactor.advance(accesslog.PERIOD)
         self.assertEqual(len(self.written()), 1)
 
+    def test_open(self) -> None:
+        """A log that cannot be written is told of before there is a line for it, once; so is that it can be."""
+        logged: list[str] = []
+
+        def observer(event: Any) -> None:
+            logged.append(formatEvent(event))
+
+        globalLogPublisher.addObserver(observer)
+        self.addCleanup(globalLogPublisher.removeObserver, observer)
+        self.path = self.log_._path = os.path.join(self.path, "access.log")
+        self.log_.open()
+        lost = "Its lines are lost until it can"
+        error = f"[Errno 2] No such file or directory: '{self.path}'"
+        told = f"The access log {self.path} cannot be written: {error}. {lost}"
+        self.assertEqual(logged, [told])
+        self.note()
+        self.reactor.advance(accesslog.PERIOD)
+        self.assertEqual((logged, self.log_.dropped), ([told], 1))
+        os.mkdir(os.path.dirname(self.path))
+        self.note()
+        self.reactor.advance(accesslog.PERIOD)
+        self.assertEqual(logged[1:], [f"The access log {self.path} is written again"])
+        self.assertEqual(len(self.written()), 1)
+
+    def test_openGood(self) -> None:
+        """One that can be written is there from the start, and keeps what it has."""
+        self.log_.open()
+        self.note()
+        self.reactor.advance(accesslog.PERIOD)
+        again = AccessLog(self.reactor, self.path)
+        again.open()
+        self.assertEqual(len(self.written()), 1)
+        for it in (self.log_, again):
+            self.successResultOf(it.close())
+
     def test_bounded(self) -> None:
         """More lines than may wait are dropped and counted."""
         self.patch(accesslog, "MOST", 3)
@@ -114,6 +153,27 @@ class AccessLogTests(SynchronousTestCase):
         self.successResultOf(self.log_.close())
         self.assertEqual(len(self.written()), 1)
         self.assertEqual(self.reactor.getDelayedCalls(), [])
+
+
+class StartTests(TestCase):
+    """What comes before the first connection."""
+
+    timeout = 20
+
+    async def test_toldAtStart(self) -> None:
+        """As soon as there is what serves clients, an access log that cannot be written is told of."""
+        told: Deferred[str] = Deferred()
+        path = os.path.join(self.mktemp(), "access.log")
+
+        def observer(event: Any) -> None:
+            if event.get("path") == path and not told.called:
+                told.callback(formatEvent(event))
+
+        globalLogPublisher.addObserver(observer)
+        self.addCleanup(globalLogPublisher.removeObserver, observer)
+        carriers = Carriers(reactor, Config(path="", engine="python", accessLog=path))
+        self.addCleanup(lambda: Deferred.fromCoroutine(carriers.stop()))
+        self.assertIn(f"The access log {path} cannot be written: ", await told)
 
 
 class SessionTests(ProxierParts, TestCase):

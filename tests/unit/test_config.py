@@ -575,6 +575,26 @@ class CheckFilesTests(IniCase):
         self.assertIn("is no PEM file", faults[3])
         self.assertNotIn("secret", "".join(faults))
 
+    def test_accessLog(self) -> None:
+        """An access log that could not be written is a warning, whatever is in its way; nothing is made or changed."""
+        with open(os.path.join(self.folder, "file"), "w") as file:
+            file.write("kept")
+        os.mkdir(os.path.join(self.folder, "folder"))
+        for name, reason in (
+            ("new", ""), ("file", ""), ("nowhere/log", "No such file or directory"), ("folder", "Is a directory"),
+            ("file/log", "Not a directory"),
+        ):  # fmt: skip
+            loaded = self.load(f"{LOCAL}[userspace]\naccess-log = {name}\n")
+            path = os.path.join(self.folder, name)
+            told = f"[userspace] access-log = {path}: cannot be written: {reason}; its lines are lost until it can"
+            self.assertEqual(config.fileWarnings(loaded), [told] if reason else [], name)
+        self.assertNotIn("new", os.listdir(self.folder))
+        self.assertEqual(config.fileWarnings(self.load(LOCAL)), [])
+        self.patch(os, "access", lambda path, mode: False)
+        for name in ("new", "file"):
+            loaded = self.load(f"{LOCAL}[userspace]\naccess-log = {name}\n")
+            self.assertIn(f"/{name}: cannot be written: Permission denied", config.fileWarnings(loaded)[0])
+
     def test_outsideCluster(self) -> None:
         """in-cluster asks for what every pod has."""
         self.patch(reading, "SERVICE_ACCOUNT", self.folder)

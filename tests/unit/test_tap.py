@@ -101,6 +101,14 @@ class OptionsTests(TapCase):
         self.write(shown)
         self.parse("--config", self.path)
 
+    def test_checkAccessLog(self) -> None:
+        """--check warns of an access log that could not be written; the daemon would serve all the same."""
+        self.write(f"{GOOD}[userspace]\naccess-log = /nonexistent/dir/access.log\n")
+        self.assertEqual(self.exits("--check", "--config", self.path), 0)
+        warning, rest = self.err.getvalue().splitlines()
+        told = "[userspace] access-log = /nonexistent/dir/access.log: cannot be written: No such file or directory"
+        self.assertEqual((warning, rest), (f"warning: {told}; its lines are lost until it can", "no faults"))
+
     def test_checkFiles(self) -> None:
         """--check also judges what the configuration names."""
         with open(os.path.join(self.folder, "services.d", "a.yaml"), "w") as file:

@@ -10,7 +10,7 @@ from .model import (
     conntrackSettings,
     nodeSettings,
 )
-from .reading import checkFiles, effective, load, render
+from .reading import checkFiles, effective, fileWarnings, load, render
 from .values import HostPort
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "checkFiles",
     "conntrackSettings",
     "effective",
+    "fileWarnings",
     "load",
     "nodeSettings",
     "render",

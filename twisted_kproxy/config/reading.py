@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import os
 import re
@@ -342,6 +343,23 @@ def checkFiles(
                 except KproxyError as error:
                     faults.append(f"{section} {masked(str(error))}")
     return faults
+
+
+def fileWarnings(config: Config) -> list[str]:
+    """What a daemon would do without, of the files that a configuration names, a line each. Touches nothing."""
+    path = config.accessLog
+    if not path:
+        return []
+    code = 0
+    folder = os.path.dirname(path)
+    if os.path.isdir(path):
+        code = errno.EISDIR
+    elif not os.path.isdir(folder):
+        code = errno.ENOTDIR if os.path.exists(folder) else errno.ENOENT
+    elif not (os.access(path, os.W_OK) if os.path.exists(path) else os.access(folder, os.W_OK | os.X_OK)):
+        code = errno.EACCES
+    reason = f"cannot be written: {os.strerror(code)}; its lines are lost until it can"
+    return [f"[userspace] access-log = {path}: {reason}"] if code else []
 
 
 def _fileFaults(section: str, named: Mapping[str, str]) -> list[str]:

@@ -74,6 +74,10 @@ class AccessLog:
         self.dropped = 0
         self._untold = 0
 
+    def open(self) -> None:
+        """Tell now where the file cannot be written, not when the first connection has ended."""
+        self._write()
+
     def ended(
         self,
         pool: PoolName,
