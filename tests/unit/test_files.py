@@ -369,6 +369,21 @@ class FilesTests(FolderCase):
         self.assertEqual(word.object.spec.ports[0].port, 81)
         self.assertEqual(self.rig.source.status()["broken"], {})
 
+    def test_noVersion(self) -> None:
+        """An object that says no version any more, or a wrong one, keeps its last good version."""
+        good = service("web")
+        self.start(a=good)
+        for version, reason in (("", "apiVersion is missing; it must be v1"), ("apiVersion: v1x\n", "must be v1")):
+            self.rig.write("a.yaml", good.replace("apiVersion: v1\n", version))
+            (word,) = self.rig.poll()
+            assert isinstance(word, Rejected)
+            self.assertEqual((word.kind, word.key), ("Service", "shop/web"))
+            self.assertIn(reason, word.reason)
+            self.assertEqual((self.services(), dict(self.rig.source.faults())), (["shop/web"], {}))
+            self.rig.write("a.yaml", good)
+            self.rig.poll()
+            self.assertEqual(self.services(), ["shop/web"])
+
     def test_looseFaults(self) -> None:
         """What is wrong in a file and is no object with a name is a fault of the source, until it is mended."""
         unnamed = "---\napiVersion: v1\nkind: Service\nmetadata: {}\n"
@@ -381,7 +396,6 @@ class FilesTests(FolderCase):
         self.assertEqual(
             dict(self.rig.source.faults()),
             {
-                f"a.yaml:{lines + 2}": "Service default/nov: apiVersion is missing; it must be v1",
                 f"a.yaml:{lines + 4}": "is no object but text",
                 f"a.yaml:{lines + 6}": "Service: it has no metadata.name",
                 "c.yaml:1": "Service shop/web is also in a.yaml, which counts: remove one",

@@ -156,9 +156,10 @@ class _Sorting:
                 name = f"{kind}.{version}"  # another project's kind of the same name
                 self.skipped[name] = self.skipped.get(name, 0) + 1
             else:
-                what = f"{kind} {_keyOf(_placed(value, kind))}".rstrip()  # type: ignore[arg-type]
                 must = f"must be {' or '.join(VERSIONS[kind])}"
-                self._fault(line, f"{what}: apiVersion {must if version else f'is missing; it {must}'}")
+                reason = f"apiVersion {must if version else f'is missing; it {must}'}"
+                key = _keyOf(_placed(value, kind))  # type: ignore[arg-type]
+                self._add(Found(kind, key, line, None, reason))  # type: ignore[arg-type]
         else:
             self._object(value, line, kind)  # type: ignore[arg-type]
 
@@ -181,8 +182,12 @@ class _Sorting:
             found = Found(kind, wire.keyOf(it.metadata), line, it)
         except wire.Unreadable as error:
             found = Found(kind, error.key or _keyOf(value), line, None, error.reason)
-        first = self.found.setdefault((kind, found.key), found) if found.key else None
-        what = f"{kind} {found.key}".rstrip()
+        self._add(found)
+
+    def _add(self, found: Found) -> None:
+        line = found.line
+        first = self.found.setdefault((found.kind, found.key), found) if found.key else None
+        what = f"{found.kind} {found.key}".rstrip()
         if found.reason:
             self._fault(line, f"{what}: {found.reason}", isLoose=first is not found)
         if first is not None and first is not found:
@@ -204,8 +209,8 @@ def _near(kind: str) -> str:
 
 
 def _mayBeOurs(version: Any) -> bool:
-    """Whether an ``apiVersion`` is none of another project's, which may have kinds of the same name."""
-    return not version or not isinstance(version, str) or version.partition("/")[0] in _GROUPS
+    """Whether an ``apiVersion`` is none of another project's, which may have kinds of the same name, in a group."""
+    return not isinstance(version, str) or "/" not in version or version.partition("/")[0] in _GROUPS
 
 
 def _placed(value: dict[Any, Any], kind: Kind) -> dict[Any, Any]:
