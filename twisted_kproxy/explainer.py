@@ -135,8 +135,9 @@ class Explainer:
         shown: dict[str, Any] = {"service": f"{asked.namespace}/{asked.name}", "answers": [], "servicePorts": []}
         ports = [it for it in mine if _isAsked(it, asked, question.source)]
         if not ports:
-            shown["notServed"] = self._whyNot(asked, mine)
-            self._addProblems(shown, asked.namespace, asked.name, facts)
+            found, slices = self._cluster.objectsOf(asked.namespace, asked.name)
+            shown["notServed"] = self._whyNot(asked, mine, found)
+            facts.addProblems(shown, asked.namespace, asked.name, slices)
         for port in sorted(ports, key=lambda it: it.name):
             old = applied.get(port.name) if applied is not None else None
             for frontend in port.frontends:
@@ -152,14 +153,13 @@ class Explainer:
             shown["servicePorts"].append(self._port(port, set(port.poolKinds()), facts))
         return shown
 
-    def _whyNot(self, asked: ServiceAsked, mine: Iterable[ServicePort]) -> str:
+    def _whyNot(self, asked: ServiceAsked, mine: Iterable[ServicePort], found: wire.Service | None) -> str:
         why = self._cluster.unserved(asked.namespace, asked.name)
         if why is not None:
             return why
         known = sorted({f"{it.name.port or '(unnamed)'}/{it.name.protocol}/{it.name.family}" for it in mine})
         if known:
             return f"it has no such port; it has {', '.join(known)}"
-        found, _slices = self._cluster.objectsOf(asked.namespace, asked.name)
         return "nothing of it can be served" if found and found.spec and found.spec.ports else "it has no ports"
 
     # --- showing
@@ -220,16 +220,8 @@ class Explainer:
         waits = facts.pending.get(str(name))
         if waits:
             shown["waitsFor"] = waits
-        self._addProblems(shown, name.namespace, name.service, facts)
+        facts.addProblems(shown, name.namespace, name.service, slices)
         return shown
-
-    def _addProblems(self, shown: dict[str, Any], namespace: str, name: str, facts: _Facts) -> None:
-        """What is wrong with a Service and its slices, where something is."""
-        _found, slices = self._cluster.objectsOf(namespace, name)
-        own = {f"{namespace}/{name}", *(wire.keyOf(it.metadata) for it in slices)}
-        problems = [_problem(it) for it in facts.problems if it.key in own]
-        if problems:
-            shown["problems"] = problems
 
     def _pool(self, explained: Explanation, kind: PoolKind) -> dict[str, Any]:
         failing = self._failing(explained.name, explained.pool(kind))
@@ -286,6 +278,15 @@ class _Facts:
     def faultOf(self, name: ServicePortName) -> str | None:
         """Why a service port is not served though it should be."""
         return "kproxy is stopping" if self.stopping else self._unserved.get(str(name))
+
+    def addProblems(
+        self, shown: dict[str, Any], namespace: str, name: str, slices: Iterable[wire.EndpointSlice]
+    ) -> None:
+        """What is wrong with a Service and its slices, where something is."""
+        own = {f"{namespace}/{name}", *(wire.keyOf(it.metadata) for it in slices)}
+        problems = [_problem(it) for it in self.problems if it.key in own]
+        if problems:
+            shown["problems"] = problems
 
 
 def _isAsked(port: ServicePort, asked: ServiceAsked, source: str | None) -> bool:
