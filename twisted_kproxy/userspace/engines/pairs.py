@@ -396,13 +396,7 @@ class PairRelay(Relays):
         self, client: socket.socket, backend: socket.socket, early: bytes, ended: Callable[[Outcome], None]
     ) -> Callable[[], None]:
         pair = _Pair(self, client, backend, ended)
-        self._begun(pair)
-        try:
-            pair.begin(early)
-        except Exception:
-            self.log.failure("A connection is cut")
-            pair.abort()
-        return pair.abort
+        return self._start(pair, pair.begin, early)
 
     def stop(self) -> Deferred[None]:
         stopped = super().stop()

@@ -196,13 +196,7 @@ class ProtocolRelay(Relays):
         self._poller.release(client.fileno())
         self._poller.release(backend.fileno())
         pair = _Pair(self, ended)
-        self._begun(pair)
-        try:
-            pair.begin(client, backend, early)
-        except Exception:
-            self.log.failure("A connection is cut")
-            pair.abort()
-        return pair.abort
+        return self._start(pair, pair.begin, client, backend, early)
 
     def status(self) -> Mapping[str, Any]:
         return {"engine": self.name, "active": len(self._pairs)}

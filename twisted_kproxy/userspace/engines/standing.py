@@ -141,10 +141,21 @@ class Relays:
                 self.log.failure("A connection could not be cut, or its end not be told")
         return succeed(None)
 
-    def _begun(self, pair: Relayed) -> None:
+    def _start(self, pair: Relayed, begin: Callable[..., None], *arguments: Any) -> Callable[[], None]:
+        """
+        Begin with a connection; where that fails it is cut.
+
+        :return: what cuts it.
+        """
         self._pairs.add(pair)
         if self._timer is None:
             self._timer = self.reactor.callLater(_SWEEP, self._sweep)
+        try:
+            begin(*arguments)
+        except Exception:
+            self.log.failure("A connection is cut")
+            pair.abort()
+        return pair.abort
 
     def _ended(self, pair: Relayed) -> None:
         self._pairs.discard(pair)
