@@ -150,6 +150,10 @@ class TwoDaemonsTests(TestCase):
             self.rig.run("n0", ["nft", "delete", "table", "inet", "kproxy"])
             daemon.waitUntil(lambda count=count: daemon.log().count("Somebody else") == count)  # type: ignore[misc]
             waitFor(lambda: self.rules() == before, 10)
+            # They are there before they have been signed and read back.
+            daemon.waitUntil(
+                lambda: not json.loads(daemon.get("http://127.0.0.1:10249/status")[2])["sync"]["running"]
+            )
         self.assertEqual(daemon.stop(), 0)
         self.assertIn("cut", daemon.log())  # it has drained for a while
         self.assertEqual(daemon.log().count("Somebody else"), 3)
